@@ -1,0 +1,52 @@
+# Every target sets up its own environment first (.venv, see tools/setup_env.py).
+PYTHON ?= python3
+JOBS ?= 2
+GPU_JOBS ?= 16
+
+RUN := .venv/bin/python
+NOT_HERE := not gpu and not slow
+
+# Linters are absent only on a GPU machine that borrows its packages and has no network.
+if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "skipped, $(1) is not installed: $(2)"; fi
+lint-with = $(call if-installed,ruff,$(RUN) -m ruff $(1))
+
+.PHONY: test test-interpreter test-rest test-gpu demo bench lint typecheck wheel format setup clean
+
+# One at a time and in this order, so that the last line is pytest's summary.
+.NOTPARALLEL:
+test: lint typecheck wheel test-interpreter test-rest
+
+test-interpreter: setup
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) -m "interpreter and $(NOT_HERE)" tests
+
+test-rest: setup
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) -m "not interpreter and $(NOT_HERE)" tests
+
+test-gpu: setup
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) -m gpu tests
+
+demo: setup
+	$(RUN) examples/train_gpt.py
+
+bench: setup
+	$(RUN) -m benchmarks.run
+
+lint: setup
+	@$(call lint-with,check .)
+	@$(call lint-with,format --check .)
+
+typecheck: setup
+	@$(call if-installed,mypy,$(RUN) -m mypy)
+
+wheel: setup
+	$(RUN) tools/check_wheel.py
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+clean:
+	rm -rf .venv build dist demo *.egg-info

@@ -1,0 +1,69 @@
+"""What a backend is, and the records that pass through it. Imports torch only for types."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from flash_attn.hardware import Hardware
+from flash_attn.problem import AttentionProblem
+
+
+class Operands(NamedTuple):
+    """One call's tensors and run-time numbers, already validated by `problem.describe`."""
+
+    q: Tensor  # dense (batch, seqlen_q, nheads, headdim); varlen (total_q, nheads, headdim)
+    k: Tensor  # as q with nheads_k; paged (num_pages, page_block_size, nheads_k, headdim)
+    v: Tensor  # as k
+    softmax_scale: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window: tuple[int | None, int | None] = (None, None)  # keys left, right of the diagonal; causal is (None, 0)
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    alibi_slopes: Tensor | None = None  # (nheads,) or (batch, nheads), fp32
+    cu_seqlens_q: Tensor | None = None  # (batch + 1,), int32
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None  # (batch,), int32
+    leftpad_k: Tensor | None = None  # (batch,), int32
+    block_table: Tensor | None = None  # (batch, max_pages), int32
+    rng_state: Tensor | None = None  # (2,), int64: seed, offset; given when dropout_p > 0
+    zero_tensors: bool = False  # rows outside every sequence of a packed batch get out 0 and softmax_lse -inf
+
+
+class ForwardResult(NamedTuple):
+    """What a forward returns."""
+
+    out: Tensor  # like q
+    softmax_lse: Tensor  # dense (batch, nheads, seqlen_q); varlen (nheads, total_q); fp32, natural log
+    dropout_scores: Tensor | None = None  # S_dmask, when asked for
+
+
+class Gradients(NamedTuple):
+    """Where a backward writes; every tensor has the shape of its operand and a contiguous last dimension."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class Backend(Protocol):
+    """Four members; a backend says no in a sentence."""
+
+    name: str
+
+    def unsupported(self, problem: AttentionProblem, hardware: Hardware) -> str | None:
+        """Why this backend cannot run the problem, or None when it can."""
+
+    def forward(self, problem: AttentionProblem, operands: Operands, return_scores: bool) -> ForwardResult:
+        """out, softmax_lse and, when `return_scores`, the dropout scores."""
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        operands: Operands,
+        dout: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        gradients: Gradients,
+    ) -> Tensor:
+        """Writes the gradients; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""

@@ -1,0 +1,148 @@
+"""What every autograd class shares: one forward, one backward, and what passes between them.
+
+While something listens to operators (torch.compile, a dispatch mode), calls go through the registered operator; otherwise
+straight to its implementation, which saves the dispatcher's host time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn import torch_ops
+from flash_attn.problem import parse_window
+
+
+class Words(NamedTuple):
+    """The options of a call as upstream's functions name them, without tensors."""
+
+    dropout_p: float
+    softmax_scale: float
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    deterministic: bool
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+
+def make_words(
+    headdim: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    deterministic: bool,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Words:
+    if softmax_scale is None:
+        softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
+    window = window_size if _plain_window(window_size) else parse_window(window_size)
+    return Words(dropout_p, softmax_scale, causal, window, softcap, deterministic, max_seqlen_q, max_seqlen_k)
+
+
+def _plain_window(window_size: Sequence[int]) -> bool:
+    """Two Python ints of at least -1, which need no parsing."""
+    return (
+        type(window_size) is tuple
+        and len(window_size) == 2
+        and type(window_size[0]) is int
+        and type(window_size[1]) is int
+    )
+
+
+def _observed() -> bool:
+    """Whether operators must be visible: to the compiler or to a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Words,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(out, softmax_lse, S_dmask, rng_state)."""
+    left, right = words.window_size
+    numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes, return_softmax)
+    if not _observed():
+        return torch_ops.forward(
+            q,
+            k,
+            v,
+            *numbers,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=words.max_seqlen_q,
+            max_seqlen_k=words.max_seqlen_k,
+            block_table=block_table,
+        )
+    if cu_seqlens_q is None:
+        return torch_ops._wrapped_flash_attn_forward(q, k, v, *numbers)
+    return torch_ops._wrapped_flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k, *numbers, block_table=block_table
+    )
+
+
+def differentiate(ctx: Any, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes the gradients of the call that `ctx` saved."""
+    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = ctx.saved_tensors
+    words: Words = ctx.words
+    left, right = words.window_size
+    tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
+    numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
+    if not _observed() or block_table is not None:
+        torch_ops.backward(
+            *tensors,
+            *numbers,
+            words.deterministic,
+            rng_state,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=words.max_seqlen_q,
+            max_seqlen_k=words.max_seqlen_k,
+            block_table=block_table,
+        )
+    elif cu_seqlens_q is None:
+        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
+    else:
+        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, words.deterministic, rng_state)
+
+
+def save(
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    results: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    words: Words,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> None:
+    out, softmax_lse, _, rng_state = results
+    ctx.save_for_backward(
+        q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table
+    )
+    ctx.words = words
+
+
+def outputs(ctx: Any, results: tuple[Tensor, Tensor, Tensor | None, Tensor | None], return_softmax: bool) -> Any:
+    """out, or (out, softmax_lse, S_dmask) where the last two carry no gradient."""
+    out, softmax_lse, scores, _ = results
+    if not return_softmax:
+        return out
+    if scores is None:
+        scores = out.new_empty((0,))
+    ctx.mark_non_differentiable(softmax_lse, scores)
+    return out, softmax_lse, scores

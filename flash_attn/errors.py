@@ -1,0 +1,16 @@
+"""The two errors a caller can meet. Both are RuntimeErrors, which upstream raises for the same faults."""
+
+from collections.abc import Mapping
+
+
+class InvalidArgument(ValueError, RuntimeError):
+    """Arguments contradict each other or the contract; the text quotes the values at fault."""
+
+
+class UnsupportedProblem(NotImplementedError, RuntimeError):
+    """No backend can run the problem; the text lists each backend's reason."""
+
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
+        self.reasons = dict(reasons or {})
+        lines = [message, *(f"  {name}: {reason}" for name, reason in self.reasons.items())]
+        super().__init__("\n".join(lines))

@@ -1,0 +1,1 @@
+"""Device code: `algebra` holds every formula once, `portable` the Triton kernels that use it."""

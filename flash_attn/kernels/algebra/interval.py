@@ -1,0 +1,54 @@
+"""A mask is an interval: row i sees keys [lo_i, hi_i), key j is seen by rows [lo_j, hi_j).
+
+Causal masks, sliding windows and sequence ends are all of this form, so two functions give every mask and every loop bound.
+With n = seqlen_k - seqlen_q, row i sees keys i + n - left .. i + n + right (bottom-right aligned).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_interval(rows, span, window):
+    """Keys that each query row may see, as [lo, hi)."""
+    diagonal = rows + (span.seqlen_k - span.seqlen_q)
+    lo = rows * 0
+    hi = rows * 0 + span.seqlen_k
+    if window.left is not None:
+        lo = tl.maximum(lo, diagonal - window.left)
+    if window.right is not None:
+        hi = tl.minimum(hi, diagonal + window.right + 1)
+    return lo, hi
+
+
+@triton.jit
+def query_interval(cols, span, window):
+    """Query rows that may see each key, as [lo, hi): the transpose of key_interval."""
+    diagonal = cols - (span.seqlen_k - span.seqlen_q)
+    lo = cols * 0
+    hi = cols * 0 + span.seqlen_q
+    if window.right is not None:
+        lo = tl.maximum(lo, diagonal - window.right)
+    if window.left is not None:
+        hi = tl.minimum(hi, diagonal + window.left + 1)
+    return lo, hi
+
+
+@triton.jit
+def visible(rows, cols, span, window):
+    """Whether each row may see each key; rows and cols broadcast against each other."""
+    lo, hi = key_interval(rows, span, window)
+    inside = cols < hi
+    if window.left is not None:
+        inside = inside & (cols >= lo)
+    return inside
+
+
+@triton.jit
+def block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK: tl.constexpr):
+    """Blocks [begin, full_begin, full_end, end) of a loop: the middle ones lie inside every interval and need no mask."""
+    begin = tl.maximum(first_lo, 0) // BLOCK
+    end = tl.maximum(tl.cdiv(last_hi, BLOCK), begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(last_lo, 0), BLOCK), begin), end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(first_hi, 0) // BLOCK, full_begin), end)
+    return begin, full_begin, full_end, end

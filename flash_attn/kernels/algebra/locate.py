@@ -1,0 +1,13 @@
+"""Where a token lives: its page in a paged cache."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate_keys(pages, batch, positions, valid):
+    """(page, slot, valid) of keys by position in their sequence; page ids that name no page are not valid."""
+    index = positions // pages.page_size
+    inside = valid & (index < pages.max_pages)
+    page = tl.load(pages.block_table + tl.cast(batch, tl.int64) * pages.stride_b + index, mask=inside, other=-1)
+    return page, positions - index * pages.page_size, inside & (page >= 0) & (page < pages.num_pages)

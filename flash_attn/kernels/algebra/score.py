@@ -1,0 +1,77 @@
+"""From a dot product to a score and back: scale, softcap, ALiBi.
+
+A score tile is kept as (tile, unit_log2): the natural-log score times log2(e) is tile * unit_log2 with one positive scalar
+unit. The exponent of the softmax is then one fused multiply-add per element, exp2(tile * unit_log2 - pivot).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent from one exp2 and one division; exact to fp32 rounding around 1."""
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2_E)))
+
+
+@triton.jit
+def unit_log2(score):
+    """What a score tile of `score_forward` has to be multiplied by to give base-2 scores; positive."""
+    if score.alibi_slopes is not None:
+        unit = LOG2_E
+    elif score.softcap is not None:
+        unit = score.softcap * LOG2_E
+    else:
+        unit = score.softmax_scale * LOG2_E
+    return unit
+
+
+@triton.jit
+def load_slope(score, batch, head):
+    """ALiBi slope of one head, 0 without ALiBi."""
+    slope = 0.0
+    if score.alibi_slopes is not None:
+        slope = tl.load(score.alibi_slopes + batch * score.stride_alibi_b + head)
+    return slope
+
+
+@triton.jit
+def score_forward(qk, rows, cols, span, score, slope):
+    """Scores of a tile of dot products, in units of `unit_log2`; rows and cols broadcast to the tile."""
+    if score.negative is not None:
+        qk = -qk
+    if score.softcap is not None:
+        qk = tanh(qk * (score.softmax_scale / score.softcap))
+    if score.alibi_slopes is not None:
+        distance = (rows + (span.seqlen_k - span.seqlen_q)).to(tl.float32) - cols.to(tl.float32)
+        magnitude = score.softmax_scale
+        if score.softcap is not None:
+            magnitude = score.softcap
+        qk = qk * magnitude - slope * tl.abs(distance)
+    return qk
+
+
+@triton.jit
+def score_backward(ds, qk, score):
+    """d(loss)/d(q . k) without the softmax scale, from d(loss)/d(score): the VJP of score_forward.
+
+    The factor `gradient_scale` is left out, so that it is applied once to a finished sum.
+    """
+    if score.softcap is not None:
+        if score.negative is not None:
+            qk = -qk
+        t = tanh(qk * (score.softmax_scale / score.softcap))
+        ds = ds * (1.0 - t * t)
+    return ds
+
+
+@triton.jit
+def gradient_scale(score):
+    """The signed softmax scale that finishes dq and dk."""
+    scale = score.softmax_scale
+    if score.negative is not None:
+        scale = -scale
+    return scale

@@ -1,0 +1,47 @@
+"""Online softmax over score tiles in units of `unit_log2`, and the weights recomputed from softmax_lse.
+
+State of a row: row_max (in tile units), row_sum of exp2(tile * unit - row_max * unit), and the weighted sum acc.
+A row that saw no key has row_sum 0; it gives out 0 and softmax_lse -inf.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_attn.kernels.algebra.score import LN_2, LOG2_E
+
+
+@triton.jit
+def softmax_step(row_max, row_sum, tile, unit):
+    """Fold one tile of scores in; returns (weights, rescale of earlier sums, row_max, row_sum)."""
+    new_max = tl.maximum(row_max, tl.max(tile, 1))
+    pivot_log2 = tl.where(new_max == float("-inf"), 0.0, new_max * unit)
+    weights = tl.math.exp2(tile * unit - pivot_log2[:, None])
+    rescale = tl.math.exp2(row_max * unit - pivot_log2)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_finish(row_max, row_sum, unit):
+    """(1 / row_sum, softmax_lse in natural log); rows without a key give (0, -inf)."""
+    empty = row_sum == 0.0
+    total = tl.where(empty, 1.0, row_sum)
+    lse = tl.where(empty, float("-inf"), (row_max * unit + tl.math.log2(total)) * LN_2)
+    return tl.where(empty, 0.0, 1.0 / total), lse
+
+
+@triton.jit
+def lse_log2(softmax_lse):
+    """softmax_lse in base 2, with +inf for rows without a key, so that their weights come out as exp2(-inf) = 0."""
+    return tl.where(softmax_lse == float("-inf"), float("inf"), softmax_lse * LOG2_E)
+
+
+@triton.jit
+def softmax_weights(tile, unit, row_lse_log2):
+    """Normalised weights of a tile of scores, from the finished softmax_lse; row_lse_log2 broadcasts to the tile."""
+    return tl.math.exp2(tile * unit - row_lse_log2)
+
+
+@triton.jit
+def softmax_backward(weights, dweights, row_delta):
+    """d(loss)/d(score) from d(loss)/d(weight): the VJP of the softmax, with delta = rowsum(dout * out)."""
+    return weights * (dweights - row_delta)

@@ -1,0 +1,1 @@
+"""Triton kernels that run the whole feature set on any hardware Triton compiles for."""

@@ -1,0 +1,64 @@
+"""Loads and stores of (rows, head dim) tiles; everything outside a sequence or the head dim reads as zero and is not written.
+
+All address arithmetic is 64-bit before the first multiplication.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_attn.kernels.algebra.locate import locate_keys
+
+
+@triton.jit
+def sequence_base(t, batch, head, start):
+    """Pointer to token 0 of one sequence and head."""
+    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + tl.cast(start, tl.int64) * t.stride_s
+
+
+@triton.jit
+def tile_mask(rows, dims, seqlen, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """(BLOCK, HEAD_DIM_PAD) mask of what lies inside the sequence and the head dim."""
+    mask = (rows < seqlen)[:, None]
+    if HEAD_DIM != HEAD_DIM_PAD:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def load_rows(t, base, first, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """The (BLOCK, HEAD_DIM_PAD) tile of rows first .. first + BLOCK."""
+    index = tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM_PAD)
+    offsets = index.to(tl.int64)[:, None] * t.stride_s + dims[None, :]
+    mask = tile_mask(first + index, dims, seqlen, HEAD_DIM, HEAD_DIM_PAD)
+    return tl.load(base + tl.cast(first, tl.int64) * t.stride_s + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(t, base, value, first, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """Store a (BLOCK, HEAD_DIM_PAD) tile in the tensor's dtype."""
+    index = tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM_PAD)
+    offsets = index.to(tl.int64)[:, None] * t.stride_s + dims[None, :]
+    mask = tile_mask(first + index, dims, seqlen, HEAD_DIM, HEAD_DIM_PAD)
+    tl.store(base + tl.cast(first, tl.int64) * t.stride_s + offsets, value.to(t.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_paged_rows(
+    t, pages, batch, head, cols, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr
+):
+    """The tile of keys `cols`, gathered from their pages."""
+    dims = tl.arange(0, HEAD_DIM_PAD)
+    page, slot, valid = locate_keys(pages, batch, cols, cols < seqlen)
+    offsets = tl.cast(page, tl.int64) * t.stride_b + tl.cast(slot, tl.int64) * t.stride_s
+    mask = valid[:, None]
+    if HEAD_DIM != HEAD_DIM_PAD:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    return tl.load(t.ptr + tl.cast(head, tl.int64) * t.stride_h + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def row_base(t, batch, head, start):
+    """Pointer to the per-row statistic of token 0 of one sequence and head."""
+    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + start

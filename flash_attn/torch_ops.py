@@ -1,0 +1,489 @@
+"""The custom operators `flash_attn::_flash_attn_*`: below the autograd functions, above the backends, on any device.
+
+Names, argument order and results are upstream's, which downstream code imports and introspects. `forward` and `backward`
+are the same work without the dispatcher: eager calls take them and save its cost.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import hardware
+from flash_attn.backends import select_backend
+from flash_attn.backends.base import Gradients, Operands
+from flash_attn.problem import check_gradients, check_rng_state, describe
+
+ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask and softmax_d up to this
+
+
+def round_multiple(x: int, m: int) -> int:
+    """x rounded up to a multiple of m."""
+    return (x + m - 1) // m * m
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """x, copied only if its last dimension is not contiguous."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(out, softmax_lse, S_dmask, rng_state); the last two are None without dropout."""
+    q, k, v = _contiguous_last(q), _contiguous_last(k), _contiguous_last(v)
+    problem, seqlen_q, seqlen_k = describe(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        block_table=block_table,
+    )
+    rng_state = None
+    if dropout_p > 0.0:
+        # drawn on the device by the default generator: no synchronisation, captured and advanced by CUDA graphs
+        rng_state = torch.empty(2, dtype=torch.int64, device=q.device).random_(generator=generator)
+    operands = Operands(
+        q,
+        k,
+        v,
+        softmax_scale,
+        seqlen_q,
+        seqlen_k,
+        problem.window,
+        softcap,
+        dropout_p,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        leftpad_k,
+        block_table,
+        rng_state,
+        zero_tensors,
+    )
+    backend = select_backend(problem, hardware.of(q.device))
+    out, softmax_lse, scores = backend.forward(problem, operands, return_softmax and dropout_p > 0.0)
+    return out, softmax_lse, scores, rng_state
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
+    dout, q, k, v, out = (_contiguous_last(x) for x in (dout, q, k, v, out))
+    problem, seqlen_q, seqlen_k = describe(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        block_table=block_table,
+    )
+    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+    if dropout_p > 0.0:
+        check_rng_state(rng_state, q.device)
+    operands = Operands(
+        q,
+        k,
+        v,
+        softmax_scale,
+        seqlen_q,
+        seqlen_k,
+        problem.window,
+        softcap,
+        dropout_p,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_table=block_table,
+        rng_state=rng_state,
+    )
+    backend = select_backend(problem, hardware.of(q.device))
+    softmax_lse = _contiguous_last(softmax_lse)
+    return backend.backward(problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
+
+
+def _contiguous_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = forward(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        return_softmax,
+    )
+    return four_tensors(*results)
+
+
+@_flash_attn_forward.register_fake
+def _flash_attn_forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch_size, seqlen_q, nheads, _ = q.shape
+    scores = (batch_size, nheads, round_multiple(seqlen_q, ROUNDING), round_multiple(k.shape[1], ROUNDING))
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty((batch_size, nheads, seqlen_q), dtype=_lse_dtype(q)),
+        q.new_empty(scores if return_softmax and dropout_p > 0.0 else (0,)),
+        q.new_empty((2,), dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = forward(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        return_softmax,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        block_table=block_table,
+        leftpad_k=leftpad_k,
+        seqused_k=seqused_k,
+        zero_tensors=zero_tensors,
+    )
+    return four_tensors(*results)
+
+
+@_flash_attn_varlen_forward.register_fake
+def _flash_attn_varlen_forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch_size = cu_seqlens_q.shape[0] - 1
+    total_q, nheads, _ = q.shape
+    scores = (batch_size, nheads, round_multiple(max_seqlen_q, ROUNDING), round_multiple(max_seqlen_k, ROUNDING))
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty((nheads, total_q), dtype=_lse_dtype(q)),
+        q.new_empty(scores if return_softmax and dropout_p > 0.0 else (0,)),
+        q.new_empty((2,), dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    delta = backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        _or_empty(dq, q),
+        _or_empty(dk, k),
+        _or_empty(dv, v),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state,
+    )
+    return torch.nn.functional.pad(delta, (0, round_multiple(q.shape[1], ROUNDING) - q.shape[1]))
+
+
+@_flash_attn_backward.register_fake
+def _flash_attn_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    batch_size, seqlen_q, nheads, _ = q.shape
+    return q.new_empty((batch_size, nheads, round_multiple(seqlen_q, ROUNDING)), dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    gradients = [_or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)]
+    if zero_tensors:
+        for gradient in gradients:
+            gradient.zero_()
+    delta = backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        *gradients,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return torch.nn.functional.pad(delta, (0, ROUNDING * (cu_seqlens_q.shape[0] - 1)))
+
+
+@_flash_attn_varlen_backward.register_fake
+def _flash_attn_varlen_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    batch_size = cu_seqlens_q.shape[0] - 1
+    total_q, nheads, _ = q.shape
+    return q.new_empty((nheads, total_q + ROUNDING * batch_size), dtype=_lse_dtype(q))
+
+
+def four_tensors(
+    out: Tensor, softmax_lse: Tensor, scores: Tensor | None, rng_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An operator returns tensors only: absent scores are empty, an absent rng_state is zero."""
+    return (
+        out,
+        softmax_lse,
+        out.new_empty((0,)) if scores is None else scores,
+        out.new_zeros((2,), dtype=torch.int64) if rng_state is None else rng_state,
+    )
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    """softmax_lse and delta are fp32, and fp64 for fp64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.empty_like(like) if gradient is None else gradient
+
+
+_ops: Any = torch.ops.flash_attn
+_wrapped_flash_attn_forward = _ops._flash_attn_forward
+_wrapped_flash_attn_backward = _ops._flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _ops._flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _ops._flash_attn_varlen_backward

@@ -1,0 +1,227 @@
+"""Upstream's compiled extension, in Python: the same functions with the same positional arguments.
+
+xformers and others call these through `flash_attn.flash_attn_interface.flash_attn_gpu`. `out_`, `dq_`, `dk_` and `dv_` are
+filled when given.
+
+Source: flash_attn 2.8.3, csrc/flash_attn/flash_api.cpp.
+"""
+
+from typing import Any
+
+import torch
+from flash_attn import torch_ops
+from flash_attn.errors import InvalidArgument
+from torch import Tensor
+
+
+def fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    gen_: torch.Generator | None = None,
+) -> list[Tensor]:
+    """[out, softmax_lse, S_dmask, rng_state] of a dense batch."""
+    _check_return_softmax(return_softmax, p_dropout)
+    results = torch_ops.forward(
+        q,
+        k,
+        v,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes_,
+        return_softmax,
+        generator=gen_,
+    )
+    return _filled(out_, torch_ops.four_tensors(*results))
+
+
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    leftpad_k_: Tensor | None,
+    block_table_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    gen_: torch.Generator | None = None,
+    num_splits: int = 0,
+) -> list[Tensor]:
+    """[out, softmax_lse, S_dmask, rng_state] of a packed batch; num_splits is a hint without effect on the result."""
+    _check_return_softmax(return_softmax, p_dropout)
+    results = torch_ops.forward(
+        q,
+        k,
+        v,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes_,
+        return_softmax,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        block_table=block_table_,
+        leftpad_k=leftpad_k_,
+        seqused_k=seqused_k,
+        zero_tensors=zero_tensors,
+        generator=gen_,
+    )
+    return _filled(out_, torch_ops.four_tensors(*results))
+
+
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq_: Tensor | None,
+    dk_: Tensor | None,
+    dv_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen_: torch.Generator | None = None,
+    rng_state: Tensor | None = None,
+) -> list[Tensor]:
+    """[dq, dk, dv, softmax_d] of a dense batch."""
+    dq, dk, dv = _gradients(q, k, v, dq_, dk_, dv_)
+    softmax_d = torch_ops._wrapped_flash_attn_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes_,
+        deterministic,
+        rng_state,
+    )
+    return [dq, dk, dv, softmax_d]
+
+
+def varlen_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq_: Tensor | None,
+    dk_: Tensor | None,
+    dv_: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes_: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    gen_: torch.Generator | None = None,
+    rng_state: Tensor | None = None,
+) -> list[Tensor]:
+    """[dq, dk, dv, softmax_d] of a packed batch."""
+    dq, dk, dv = _gradients(q, k, v, dq_, dk_, dv_)
+    softmax_d = torch_ops._wrapped_flash_attn_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes_,
+        deterministic,
+        rng_state,
+        zero_tensors,
+    )
+    return [dq, dk, dv, softmax_d]
+
+
+def _check_return_softmax(return_softmax: bool, p_dropout: float) -> None:
+    if return_softmax and not p_dropout > 0.0:
+        raise InvalidArgument(f"return_softmax is only supported when p_dropout > 0.0, got p_dropout = {p_dropout}")
+
+
+def _filled(out_: Tensor | None, results: tuple[Tensor, ...]) -> list[Tensor]:
+    """The results, with out copied into the caller's tensor when one was given."""
+    out, *others = results
+    if out_ is None:
+        return [out, *others]
+    if out_.dtype != out.dtype:
+        raise InvalidArgument(f"Output must have the same dtype as inputs, got {out_.dtype} and {out.dtype}")
+    if out_.shape != out.shape or out_.device != out.device:
+        raise InvalidArgument(
+            f"out must have shape {tuple(out.shape)} on {out.device}, got {tuple(out_.shape)} on {out_.device}"
+        )
+    return [out_.copy_(out), *others]
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Any:
+    """The tensors a backward writes to, new ones where none are given."""
+    return tuple(
+        torch.empty_like(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v))
+    )

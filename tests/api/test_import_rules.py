@@ -1,0 +1,228 @@
+"""Who may import whom, and how large a module, function or kernel may grow: read from the sources, nothing imported."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*(ROOT / "flash_attn").rglob("*.py"), ROOT / "flash_attn_2_cuda.py"])
+
+
+class Rule(NamedTuple):
+    """What the modules below a name may import."""
+
+    ours: tuple[str, ...]  # modules of flash_attn, each with everything below it; errors is open to all
+    others: tuple[str, ...] = ("torch",)  # outside the standard library
+
+
+# The first row that a module's name begins with is its rule.
+RULES = {
+    "flash_attn_2_cuda": Rule(("torch_ops", "problem")),
+    "bert_padding": Rule((), ("torch", "einops")),
+    "errors": Rule((), ()),
+    "hardware": Rule(()),
+    "reference": Rule(()),
+    "backward.reference_impl": Rule(()),
+    "problem": Rule(()),
+    "launch": Rule(("problem", "hardware", "launch"), ()),
+    "kernels.algebra": Rule(("kernels.algebra",), ("triton",)),
+    "kernels.portable": Rule(("kernels.algebra", "kernels.portable"), ("triton",)),
+    "kernels.hopper": Rule(("kernels.algebra", "kernels.hopper"), ("triton",)),
+    "kernels": Rule((), ()),
+    "backends.base": Rule(("problem", "hardware")),
+    "backends.portable": Rule(
+        ("backends.base", "problem", "hardware", "launch", "kernels.algebra", "kernels.portable"), ("torch", "triton")
+    ),
+    "backends.hopper": Rule(
+        ("backends.base", "problem", "hardware", "launch", "kernels.algebra", "kernels.hopper"), ("torch", "triton")
+    ),
+    "random_bits": Rule(()),
+    "backends.spans": Rule(("backends.base", "problem")),
+    "backends.cpu": Rule(("backends.base", "backends.spans", "problem", "hardware", "random_bits")),
+    "backends.reference": Rule(
+        (
+            "backends.base",
+            "backends.spans",
+            "problem",
+            "hardware",
+            "random_bits",
+            "reference",
+            "backward.reference_impl",
+        )
+    ),
+    "flash_attn_flaggems_backend": Rule(
+        ("backends.base", "problem", "hardware", "torch_ops"), ("torch", "triton", "flag_gems")
+    ),
+    "backends": Rule(("backends", "problem", "hardware")),
+    "torch_ops": Rule(("backends", "problem", "hardware")),
+    "backward": Rule(("backward", "problem", "torch_ops", "flash_attn_flaggems_backend")),
+    "kvcache": Rule(("kvcache", "problem", "backward", "torch_ops")),
+    "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
+    "layers": Rule(("layers", "ops", "problem", "torch_ops")),
+    "ops": Rule(("ops", "problem", "torch_ops")),
+    "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
+    "__main__": Rule(("",), ("torch", "triton", "einops")),
+    "": Rule(("flash_attn_interface",), ()),
+}
+LAZY_ONLY = {
+    "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.reference"),
+    "backends.portable": ("triton", "kernels"),
+    "backends.hopper": ("triton", "kernels"),
+}
+
+MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14
+UPSTREAM_SIGNATURES = ("flash_attn_interface.", "torch_ops.", "flash_attn_2_cuda.", "backward.", "kvcache.")
+
+# What may be larger: a name or pattern of names -> (how large, why).
+EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "parameters of kernels.portable.*": (
+        28,
+        "Triton compiles once per value of an integer inside a tuple, so lengths stay arguments; so do tile sizes",
+    ),
+    "parameters of problem.describe": (18, "the arguments of all public functions, checked in one place"),
+    "lines of module torch_ops": (
+        500,
+        "eight operators with upstream's long signatures, each written twice: real and fake",
+    ),
+    "lines of torch_ops.*ward": (70, "one line an argument, once in the signature and once in the call below"),
+}
+
+
+class Import(NamedTuple):
+    target: str  # "torch.nn", or without its first part when it is ours: "backends.base"
+    ours: bool
+    at_top: bool
+    line: int
+
+
+def module_name(path: Path) -> str:
+    """Dotted name without the leading `flash_attn`: "" is the package itself."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts[1:] if parts[0] == "flash_attn" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports_of(name: str) -> Iterator[Import]:
+    """Every import statement of a module, wherever it stands, except those for type checkers alone."""
+    tree = ast.parse(MODULES[name].read_text())
+    top = {id(node) for node in tree.body}
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        for target in targets(node, name):
+            first, _, rest = target.partition(".")
+            ours = first in ("flash_attn", "flash_attn_2_cuda")
+            yield Import(rest if first == "flash_attn" else target, ours, id(node) in top, node.lineno)
+
+
+def targets(node: ast.Import | ast.ImportFrom, importer: str) -> list[str]:
+    """The modules an import statement names; `from package import module` names the module."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    assert node.level == 0, f"{importer}: relative imports are not used here (line {node.lineno})"
+    base = node.module or ""
+    inside = base.removeprefix("flash_attn").lstrip(".")
+    if base.split(".")[0] != "flash_attn":
+        return [base]
+    return [f"{base}.{alias.name}" if f"{inside}.{alias.name}".lstrip(".") in MODULES else base for alias in node.names]
+
+
+def below(name: str, prefix: str) -> bool:
+    """Whether a dotted name is the prefix or lies below it; everything lies below ""."""
+    return prefix == "" or name == prefix or name.startswith(prefix + ".")
+
+
+def rule_for(name: str) -> Rule:
+    return next(rule for prefix, rule in RULES.items() if below(name, prefix) and (prefix or not name))
+
+
+def is_standard(target: str) -> bool:
+    return target.split(".")[0] in sys.stdlib_module_names
+
+
+def complaint(name: str, found: Import, rule: Rule) -> str | None:
+    where = f"flash_attn.{name}, line {found.line}: imports {found.target or 'flash_attn'}"
+    if found.ours:
+        allowed = (*rule.ours, "errors")
+        if not any(below(found.target, prefix) for prefix in allowed):
+            return f"{where}, may import {allowed} of ours"
+    elif not is_standard(found.target) and found.target.split(".")[0] not in rule.others:
+        return f"{where}, may import {rule.others} of others"
+    if found.at_top and any(below(found.target, prefix) for prefix in LAZY_ONLY.get(name, ())):
+        return f"{where} at its top; only inside a function"
+    return None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_only_what_its_layer_may(name):
+    rule = rule_for(name)
+    complaints = [text for found in imports_of(name) if (text := complaint(name, found, rule))]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_sizes_stay_within_budget():
+    over = [f"{name}: {size}, budget {budget}" for name, size, budget in measured() if size > allowed(name, budget)]
+    assert not over, "\n".join(over)
+
+
+@pytest.mark.parametrize("pattern", EXCEPTIONS)
+def test_every_exception_is_still_needed(pattern):
+    assert any(fnmatch(name, pattern) and size > budget for name, size, budget in measured())
+
+
+def allowed(name: str, budget: int) -> int:
+    return max([budget, *(larger for pattern, (larger, _) in EXCEPTIONS.items() if fnmatch(name, pattern))])
+
+
+def measured() -> Iterator[tuple[str, int, int]]:
+    """(what, its size, its budget) for each module and function."""
+    for name, path in MODULES.items():
+        text = path.read_text()
+        yield f"lines of module {name}", len(text.splitlines()), MODULE_LINES
+        yield from measured_functions(name, ast.parse(text), "")
+
+
+def measured_functions(module: str, node: ast.AST, owner: str) -> Iterator[tuple[str, int, int]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from measured_functions(module, child, f"{owner}{child.name}.")
+        elif isinstance(child, ast.FunctionDef):
+            function = f"{module}.{owner}{child.name}"
+            yield f"lines of {function}", code_lines(child), line_budget(module, child)
+            if not function.startswith(UPSTREAM_SIGNATURES):
+                yield f"parameters of {function}", parameters(child), PARAMETERS
+
+
+def line_budget(module: str, function: ast.FunctionDef) -> int:
+    if function.name.endswith("_kernel"):
+        return KERNEL_LINES
+    return ALGEBRA_LINES if below(module, "kernels.algebra") else FUNCTION_LINES
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function from its name on, without its docstring."""
+    total = (function.end_lineno or 0) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is not None:
+        total -= (first.end_lineno or 0) - first.lineno + 1
+    return total
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    arguments = function.args
+    return len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)

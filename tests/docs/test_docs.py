@@ -1,0 +1,48 @@
+"""The documents tell the truth: their Python runs, their links and file names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if path.exists()]
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
+SOURCE_FILE = re.compile(r"`((?:flash_attn|flash_attn_2_cuda|benchmarks|tests|docs|tools|examples)/[\w./-]+\.\w+)`")
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_blocks(path: Path) -> list[str]:
+    """Every block fenced as python, padded so that line numbers in a traceback are those of the document."""
+    text = path.read_text()
+    return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in PYTHON_BLOCK.finditer(text)]
+
+
+WITH_CODE = [path for path in DOCUMENTS if python_blocks(path)]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=relative)
+def test_python_blocks_run_on_the_cpu(path, monkeypatch):
+    """The blocks of a document run in order and share their names, as a reader would type them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = {"__name__": "__main__"}
+    for block in python_blocks(path):
+        exec(compile(block, str(path), "exec"), names)  # noqa: S102 - the documents are ours
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(path):
+    missing = [link for link in LINK.findall(CODE.sub("", path.read_text())) if not (path.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_named_source_files_exist(path):
+    missing = [name for name in SOURCE_FILE.findall(path.read_text()) if not (ROOT / name).exists()]
+    assert not missing

@@ -1,0 +1,1 @@
+"""Cases, inputs, tolerance and exact probes, shared by every test tier."""
