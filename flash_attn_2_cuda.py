@@ -9,9 +9,10 @@ Source: flash_attn 2.8.3, csrc/flash_attn/flash_api.cpp.
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from flash_attn import torch_ops
 from flash_attn.errors import InvalidArgument
-from torch import Tensor
 
 
 def fwd(
@@ -222,6 +223,4 @@ def _filled(out_: Tensor | None, results: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Any:
     """The tensors a backward writes to, new ones where none are given."""
-    return tuple(
-        torch.empty_like(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v))
-    )
+    return tuple(torch.empty_like(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v)))

@@ -6,6 +6,7 @@ Run by train_gpt.py: `measure.py train flash 45` or `measure.py memory plain`.
 import json
 import resource
 import sys
+import warnings
 
 import torch
 
@@ -23,6 +24,7 @@ PROMPT = "def read_"
 
 def main() -> None:
     """Prints one JSON object; progress goes to stderr."""
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # the backward's thread is new to the GPU
     task, name, *seconds = sys.argv[1:]
     setting = gpt.setting_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(json.dumps(train(name, setting, *map(float, seconds)) if task == "train" else memory_curve(name, setting)))

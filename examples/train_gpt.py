@@ -23,11 +23,13 @@ def main() -> None:
     """The whole demonstration."""
     flash, plain = (measure("train", name, str(SECONDS)) for name in LABELS)
     curves = {name: measure("memory", name) for name in LABELS}
+    common = min(len(flash["losses"]), len(plain["losses"]))
     print(f"\n{flash['device']}")
     for name, result in (("flash", flash), ("plain", plain)):
+        losses, speed, size = result["losses"], result["tokens_per_second"], result["peak_bytes"] / 2**20
         print(
-            f"  {LABELS[name]:52s} {len(result['losses']):4d} steps  loss {result['losses'][-1]:.3f}"
-            f"  {result['tokens_per_second']:10,.0f} tokens/s  peak memory {result['peak_bytes'] / 2**20:7,.0f} MiB"
+            f"  {LABELS[name]:52s} {len(losses):4d} steps, loss after {common} {losses[common - 1]:.3f},"
+            f" {speed:,.0f} tokens/s, peak memory {size:,.0f} MiB"
         )
     print_agreement(flash["losses"], plain["losses"])
     print_memory(curves)

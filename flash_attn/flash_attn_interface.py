@@ -6,10 +6,10 @@ Source: flash_attn 2.8.3, flash_attn/flash_attn_interface.py fixes every signatu
 from collections.abc import Sequence
 from typing import Any
 
-import flash_attn_2_cuda as flash_attn_gpu
 import torch
 from torch import Tensor
 
+import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn.backward.autograd_functions import (
     FlashAttnFunc,
     FlashAttnKVPackedFunc,
@@ -18,6 +18,7 @@ from flash_attn.backward.autograd_functions import (
     FlashAttnVarlenKVPackedFunc,
     FlashAttnVarlenQKVPackedFunc,
 )
+from flash_attn.backward.call import run
 from flash_attn.errors import InvalidArgument
 from flash_attn.torch_ops import (
     _flash_attn_backward,
@@ -119,7 +120,8 @@ def flash_attn_func(
 
     Source: upstream's flash_attn_func; Dao et al., FlashAttention-2, 2023.
     """
-    return FlashAttnFunc.apply(
+    return run(
+        FlashAttnFunc,
         q,
         k,
         v,
@@ -131,7 +133,6 @@ def flash_attn_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        torch.is_grad_enabled(),
     )
 
 
@@ -156,7 +157,8 @@ def flash_attn_qkvpacked_func(
     Source: upstream's flash_attn_qkvpacked_func.
     """
     _check_packed("qkv", qkv, 5, 2, 3)
-    return FlashAttnQKVPackedFunc.apply(
+    return run(
+        FlashAttnQKVPackedFunc,
         qkv,
         dropout_p,
         softmax_scale,
@@ -166,7 +168,6 @@ def flash_attn_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        torch.is_grad_enabled(),
     )
 
 
@@ -193,7 +194,8 @@ def flash_attn_kvpacked_func(
     Source: upstream's flash_attn_kvpacked_func.
     """
     _check_packed("kv", kv, 5, 2, 2)
-    return FlashAttnKVPackedFunc.apply(
+    return run(
+        FlashAttnKVPackedFunc,
         q,
         kv,
         dropout_p,
@@ -204,7 +206,6 @@ def flash_attn_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        torch.is_grad_enabled(),
     )
 
 
@@ -248,7 +249,8 @@ def flash_attn_varlen_func(
 
     Source: upstream's flash_attn_varlen_func.
     """
-    return FlashAttnVarlenFunc.apply(
+    return run(
+        FlashAttnVarlenFunc,
         q,
         k,
         v,
@@ -265,7 +267,6 @@ def flash_attn_varlen_func(
         deterministic,
         return_attn_probs,
         block_table,
-        torch.is_grad_enabled(),
     )
 
 
@@ -294,7 +295,8 @@ def flash_attn_varlen_qkvpacked_func(
     Source: upstream's flash_attn_varlen_qkvpacked_func.
     """
     _check_packed("qkv", qkv, 4, 1, 3)
-    return FlashAttnVarlenQKVPackedFunc.apply(
+    return run(
+        FlashAttnVarlenQKVPackedFunc,
         qkv,
         cu_seqlens,
         _host_int(max_seqlen),
@@ -306,7 +308,6 @@ def flash_attn_varlen_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        torch.is_grad_enabled(),
     )
 
 
@@ -337,7 +338,8 @@ def flash_attn_varlen_kvpacked_func(
     Source: upstream's flash_attn_varlen_kvpacked_func.
     """
     _check_packed("kv", kv, 4, 1, 2)
-    return FlashAttnVarlenKVPackedFunc.apply(
+    return run(
+        FlashAttnVarlenKVPackedFunc,
         q,
         kv,
         cu_seqlens_q,
@@ -352,7 +354,6 @@ def flash_attn_varlen_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
-        torch.is_grad_enabled(),
     )
 
 
@@ -363,4 +364,6 @@ def _host_int(length: Any) -> Any:
 
 def _check_packed(name: str, packed: Tensor, ndim: int, dim: int, count: int) -> None:
     if packed.dim() != ndim or packed.shape[dim] != count:
-        raise InvalidArgument(f"{name} must have {ndim} dimensions with size {count} at {dim}, got {tuple(packed.shape)}")
+        raise InvalidArgument(
+            f"{name} must have {ndim} dimensions with size {count} at {dim}, got {tuple(packed.shape)}"
+        )

@@ -1,7 +1,8 @@
 """What a call runs on, as a value; the only place that queries devices."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,3 +39,26 @@ def _query(device_type: str, index: int) -> Hardware:
         return Hardware("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count, 65536)
     shared = getattr(properties, "shared_memory_per_block_optin", 101376)
     return Hardware("cuda", f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared)
+
+
+def device_guard(device: torch.device) -> Any:
+    """A context in which the device is current; nothing where it already is."""
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return _UNGUARDED
+    return torch.cuda.device(device)
+
+
+def raw_stream_getter(device: torch.device) -> Callable[[], int] | None:
+    """A function that gives the device's current stream as Triton's launchers take it, None where that is unknown."""
+    if device.type != "cuda":
+        return None
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+
+
+class _Unguarded:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+_UNGUARDED = _Unguarded()

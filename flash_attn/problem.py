@@ -92,22 +92,22 @@ def describe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     dropout_p: float,
     softmax_scale: float,
     causal: bool,
     window_size_left: int,
     window_size_right: int,
     softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool = False,
+    alibi_slopes: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
 ) -> tuple[AttentionProblem, int, int]:
     """Checks a call; returns its problem and the exact longest lengths (seqlen_q, seqlen_k).
 
@@ -170,7 +170,9 @@ def check_gradients(
         ("dv", dv, "v", v),
     ):
         if tensor.dtype != like.dtype:
-            raise InvalidArgument(f"{like_name} and {name} must have the same dtype, got {like.dtype} and {tensor.dtype}")
+            raise InvalidArgument(
+                f"{like_name} and {name} must have the same dtype, got {like.dtype} and {tensor.dtype}"
+            )
         if tensor.shape != like.shape:
             raise InvalidArgument(f"{name} must have shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -211,9 +213,7 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
         raise InvalidArgument(f"query and value must have the same dtype, got {q.dtype} and {v.dtype}")
     device = q.device
     if k.device != device or v.device != device:
-        raise InvalidArgument(
-            f"q, k and v must be on the same device, got {q.device}, {k.device} and {v.device}"
-        )
+        raise InvalidArgument(f"q, k and v must be on the same device, got {q.device}, {k.device} and {v.device}")
     nheads, headdim = q.shape[-2], q.shape[-1]
     nheads_k = k.shape[-2]
     if not 1 <= headdim <= MAX_HEADDIM:

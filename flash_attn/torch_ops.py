@@ -4,15 +4,16 @@ Names, argument order and results are upstream's, which downstream code imports 
 are the same work without the dispatcher: eager calls take them and save its cost.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flash_attn import hardware
-from flash_attn.backends import select_backend
+from flash_attn import hardware, launch
+from flash_attn.backends import requested_backend, select_backend
 from flash_attn.backends.base import Gradients, Operands
-from flash_attn.problem import check_gradients, check_rng_state, describe
+from flash_attn.problem import AttentionProblem, check_gradients, check_rng_state, describe
 
 ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask and softmax_d up to this
 
@@ -24,7 +25,50 @@ def round_multiple(x: int, m: int) -> int:
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """x, copied only if its last dimension is not contiguous."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    return None if x is None else contiguous_last(x)
+
+
+def contiguous_last(x: Tensor) -> Tensor:
+    """x, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Plan:
+    """Everything about a call that its tensors' contents and addresses do not change: checks passed, backend chosen."""
+
+    __slots__ = ("backend", "memo", "problem", "seqlen_k", "seqlen_q")
+
+    def __init__(self, problem: AttentionProblem, seqlen_q: int, seqlen_k: int, device: torch.device) -> None:
+        self.problem = problem
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.backend = select_backend(problem, hardware.of(device))
+        self.memo: dict[str, Any] = {}
+
+
+_plans: dict[Any, Plan] = {}
+MAX_PLANS = 4096
+
+
+def _plan(
+    tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], describe_call: Callable[[], tuple[Any, int, int]]
+) -> Plan:
+    """The plan of a call; calls equal in shapes, strides, dtypes, devices and options share one."""
+    key = (*map(_traits, tensors), numbers, requested_backend(), launch.pins())
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        device = cast(Tensor, tensors[0]).device
+        plan = _plans[key] = Plan(*describe_call(), device)
+    return plan
+
+
+def _traits(x: Tensor | None) -> Any:
+    """What a plan may depend on in a tensor; tensor descriptors need 16-byte alignment."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
 
 
 def forward(
@@ -51,25 +95,13 @@ def forward(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(out, softmax_lse, S_dmask, rng_state); the last two are None without dropout."""
-    q, k, v = _contiguous_last(q), _contiguous_last(k), _contiguous_last(v)
-    problem, seqlen_q, seqlen_k = describe(
-        q,
-        k,
-        v,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size_left=window_size_left,
-        window_size_right=window_size_right,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-        leftpad_k=leftpad_k,
-        block_table=block_table,
+    q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
+    numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
+    plan = _plan(
+        (q, k, v, *optional),
+        (*numbers, max_seqlen_q, max_seqlen_k),
+        lambda: describe(q, k, v, *numbers, *optional, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
     )
     rng_state = None
     if dropout_p > 0.0:
@@ -80,22 +112,17 @@ def forward(
         k,
         v,
         softmax_scale,
-        seqlen_q,
-        seqlen_k,
-        problem.window,
+        plan.seqlen_q,
+        plan.seqlen_k,
+        plan.problem.window,
         softcap,
         dropout_p,
-        alibi_slopes,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        leftpad_k,
-        block_table,
+        *optional,
         rng_state,
         zero_tensors,
+        plan.memo,
     )
-    backend = select_backend(problem, hardware.of(q.device))
-    out, softmax_lse, scores = backend.forward(problem, operands, return_softmax and dropout_p > 0.0)
+    out, softmax_lse, scores = plan.backend.forward(plan.problem, operands, return_softmax and dropout_p > 0.0)
     return out, softmax_lse, scores, rng_state
 
 
@@ -126,51 +153,47 @@ def backward(
     block_table: Tensor | None = None,
 ) -> Tensor:
     """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
-    dout, q, k, v, out = (_contiguous_last(x) for x in (dout, q, k, v, out))
-    problem, seqlen_q, seqlen_k = describe(
-        q,
-        k,
-        v,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size_left=window_size_left,
-        window_size_right=window_size_right,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        block_table=block_table,
+    dout, q, k, v, out = (contiguous_last(x) for x in (dout, q, k, v, out))
+    softmax_lse = softmax_lse.contiguous()
+    numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
+
+    def describe_call() -> tuple[AttentionProblem, int, int]:
+        description = describe(
+            q,
+            k,
+            v,
+            *numbers,
+            *optional,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=deterministic,
+        )
+        check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+        if dropout_p > 0.0:
+            check_rng_state(rng_state, q.device)
+        return description
+
+    plan = _plan(
+        (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional),
+        (*numbers, max_seqlen_q, max_seqlen_k, deterministic),
+        describe_call,
     )
-    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
-    if dropout_p > 0.0:
-        check_rng_state(rng_state, q.device)
     operands = Operands(
         q,
         k,
         v,
         softmax_scale,
-        seqlen_q,
-        seqlen_k,
-        problem.window,
+        plan.seqlen_q,
+        plan.seqlen_k,
+        plan.problem.window,
         softcap,
         dropout_p,
-        alibi_slopes,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_table=block_table,
-        rng_state=rng_state,
+        *optional,
+        rng_state if dropout_p > 0.0 else None,
+        memo=plan.memo,
     )
-    backend = select_backend(problem, hardware.of(q.device))
-    softmax_lse = _contiguous_last(softmax_lse)
-    return backend.backward(problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
-
-
-def _contiguous_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
@@ -220,7 +243,7 @@ def _flash_attn_forward_fake(
     batch_size, seqlen_q, nheads, _ = q.shape
     scores = (batch_size, nheads, round_multiple(seqlen_q, ROUNDING), round_multiple(k.shape[1], ROUNDING))
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(q),
         q.new_empty((batch_size, nheads, seqlen_q), dtype=_lse_dtype(q)),
         q.new_empty(scores if return_softmax and dropout_p > 0.0 else (0,)),
         q.new_empty((2,), dtype=torch.int64),
@@ -299,7 +322,7 @@ def _flash_attn_varlen_forward_fake(
     total_q, nheads, _ = q.shape
     scores = (batch_size, nheads, round_multiple(max_seqlen_q, ROUNDING), round_multiple(max_seqlen_k, ROUNDING))
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(q),
         q.new_empty((nheads, total_q), dtype=_lse_dtype(q)),
         q.new_empty(scores if return_softmax and dropout_p > 0.0 else (0,)),
         q.new_empty((2,), dtype=torch.int64),

@@ -88,7 +88,7 @@ def install_missing() -> None:
     if missing:
         wanted = [PACKAGES.get(name, name) for name in missing]
         if not pip("install", "--retries", "0", "--timeout", "10", "--constraint", str(PINS), *wanted, check=False):
-            say(f"going on without: {', '.join(missing)}")
+            say(f"no download possible, going on without these or with other versions of them: {', '.join(missing)}")
     absent = [name for name in NEEDED if not importable(name)]
     if absent:
         raise SystemExit(f"set-up failed: {', '.join(absent)} cannot be imported and could not be installed")
@@ -121,9 +121,9 @@ def create_venv(*options: str) -> None:
 
 
 def pip(*arguments: str, check: bool = True) -> bool:
-    """Runs pip inside .venv; whether it succeeded."""
+    """Runs pip inside .venv; whether it succeeded. One that may fail does so without a word."""
     command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet", *arguments]
-    return subprocess.run(command, check=check).returncode == 0
+    return subprocess.run(command, check=check, capture_output=not check).returncode == 0
 
 
 def importable(module: str) -> bool:

@@ -33,7 +33,7 @@ _log = logging.getLogger("flash_attn")
 
 @contextlib.contextmanager
 def use(name: str | None) -> Iterator[None]:
-    """Run every attention call inside the block on the named backend; None returns to the automatic choice.
+    """Run every attention call inside the block on the named backend; None leaves the choice to the environment.
 
     Raises:
         InvalidArgument: there is no backend of that name.
@@ -48,9 +48,13 @@ def use(name: str | None) -> Iterator[None]:
 def requested_backend() -> str | None:
     """The backend asked for by `use` or the environment, None for the automatic choice."""
     name = _requested.get()
-    if name is None:
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    return name
+    return name if name is not None else _environment()
+
+
+@functools.cache
+def _environment() -> str | None:
+    """FLASH_ATTENTION_BACKEND as it was at the first call; reading it again would cost a microsecond every time."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def select_backend(problem: AttentionProblem, hardware: Hardware) -> Backend:

@@ -1,6 +1,6 @@
 """What a backend is, and the records that pass through it. Imports torch only for types."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ class Operands(NamedTuple):
     block_table: Tensor | None = None  # (batch, max_pages), int32
     rng_state: Tensor | None = None  # (2,), int64: seed, offset; given when dropout_p > 0
     zero_tensors: bool = False  # rows outside every sequence of a packed batch get out 0 and softmax_lse -inf
+    memo: dict[str, Any] | None = (
+        None  # what a backend derived before, for calls equal in all but the tensors' contents
+    )
 
 
 class ForwardResult(NamedTuple):

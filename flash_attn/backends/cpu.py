@@ -44,7 +44,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     """Span by span; rows outside every sequence get out 0 and softmax_lse -inf."""
     q = operands.q
     work = spans.accumulator(q.dtype)
-    result = spans.blank_result(operands, return_scores)
+    result = spans.allocate_result(operands, return_scores)
     for span in _nonempty_spans(operands):
         q_span = spans.queries(q, span).to(work)
         k_span, v_span = (spans.keys(x, span, operands.block_table).to(work) for x in (operands.k, operands.v))
@@ -82,8 +82,7 @@ def backward(
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     work = spans.accumulator(operands.q.dtype)
     delta = spans.rowsum(dout, out)
-    for gradient in gradients:
-        gradient.zero_()
+    spans.blank_gradients(operands, gradients)
     for span in _nonempty_spans(operands):
         q_span, dout_span = (spans.queries(x, span).to(work) for x in (operands.q, dout))
         k_span, v_span = (spans.keys(x, span).to(work) for x in (operands.k, operands.v))

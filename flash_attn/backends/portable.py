@@ -1,15 +1,21 @@
-"""Launches kernels/portable: the whole feature set, on any hardware that Triton compiles for, and in its interpreter."""
+"""Launches kernels/portable: the whole feature set, on any hardware that Triton compiles for, and in its interpreter.
+
+What a launch needs besides the tensors' contents follows from their shapes, strides and options alone; it is bound once, into
+the operands' `memo`, and reused.
+"""
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn.backends.base import ForwardResult, Gradients, Operands
+from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
-from flash_attn.hardware import Hardware
+from flash_attn.hardware import Hardware, device_guard
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
 from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad
@@ -54,36 +60,20 @@ def _interpreting() -> bool:
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch; a second one for the dropout scores when asked for."""
-    from flash_attn.kernels.portable.forward import attn_fwd_kernel
-
-    q, k, v = operands.q, operands.k, operands.v
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    softmax_lse = _empty_lse(q)
+    q = operands.q
+    out = torch.empty_like(q)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    softmax_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     if operands.zero_tensors or operands.max_seqlen_q == 0:
         out.zero_()
         softmax_lse.fill_(-math.inf)
-    hardware = hardware_of(q.device)
-    config = forward_config(problem, hardware)
-    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * _batch_size(operands) * q.shape[-2]
-    if num_programs > 0 and q.numel() > 0:
-        tma = config.tma and _tma_allowed(problem, hardware, k, v)
-        with _device_of(q):
-            attn_fwd_kernel[(num_programs,)](
-                _tensor(q),
-                _tensor(k),
-                _tensor(v),
-                _tensor(out),
-                _statistic(softmax_lse),
-                _descriptor(k, config.block_n) if tma else None,
-                _descriptor(v, config.block_n) if tma else None,
-                _sequences(operands),
-                _pages(operands),
-                _score(operands),
-                _dropout(operands),
-                *_lengths(operands),
-                **_tile(problem, config),
-            )
-    scores = dropout_scores(problem, operands) if return_scores else None
+    memo = {} if operands.memo is None else operands.memo
+    launch = memo.get("forward")
+    if launch is None:
+        launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
+    with device_guard(q.device):
+        launch(q, operands.k, operands.v, out, softmax_lse, *_optional_tensors(operands), operands.block_table)
+        scores = dropout_scores(problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
 
 
@@ -95,241 +85,250 @@ def backward(
     softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Two launches: delta and dq per query block, then dk and dv per key block."""
+    """Two launches: row statistics and dq per query block, then dk and dv per key block."""
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
-    statistics = RowStatistics(torch.empty_like(softmax_lse), torch.empty_like(softmax_lse))
-    with _device_of(operands.q):
-        launch_dq(problem, operands, dout, out, softmax_lse, statistics, gradients.dq)
-        launch_dkdv(problem, operands, dout, statistics, gradients.dk, gradients.dv)
-    return statistics.delta
+    delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
+    memo = {} if operands.memo is None else operands.memo
+    bound = memo.get("backward")
+    if bound is None:
+        bound = memo["backward"] = (
+            bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq),
+            bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv),
+        )
+    launch_dq, launch_dkdv = bound
+    q, k, v = operands.q, operands.k, operands.v
+    optional = _optional_tensors(operands)
+    with device_guard(q.device):
+        launch_dq(q, k, v, out, dout, gradients.dq, softmax_lse, delta, lse_log2, *optional)
+        for launch in launch_dkdv:
+            launch(q, k, v, dout, gradients.dk, gradients.dv, delta, lse_log2, *optional)
+    return delta
 
 
-class RowStatistics(NamedTuple):
-    """What the dq kernel leaves for the dkdv kernel; both shaped like softmax_lse, fp32."""
+def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
+    """The forward launch for tensors like these."""
+    from flash_attn.kernels.portable.forward import attn_fwd_kernel
 
-    delta: Tensor  # rowsum(dout * out)
-    lse_log2: Tensor  # softmax_lse in base 2, +inf for a row without keys
+    q, k, v = operands.q, operands.k, operands.v
+    hardware = hardware_of(q.device)
+    config = forward_config(problem, hardware)
+    tma = config.tma and _tma_allowed(problem, hardware, k, v)
+    fixed = _Fixed(operands)
+    q_strides, k_strides, v_strides, out_strides = (_strides(x) for x in (q, k, v, out))
+    lse_strides = _statistic_strides(softmax_lse)
+    pages = _page_numbers(operands)
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            fixed.tensor(p[0], *q_strides),
+            fixed.tensor(p[1], *k_strides),
+            fixed.tensor(p[2], *v_strides),
+            fixed.tensor(p[3], *out_strides),
+            fixed.tensor(p[4], *lse_strides),
+            _descriptor(t[1], config.block_n) if tma else None,
+            _descriptor(t[2], config.block_n) if tma else None,
+            fixed.sequences(p[5], p[6], p[7], p[8]),
+            fixed.pages(p[11], *pages),
+            fixed.score(p[9]),
+            fixed.dropout(p[10]),
+            *fixed.lengths,
+        )
+
+    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * fixed.batch_size * q.shape[-2]
+    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
 
 
-def launch_dq(
-    problem: AttentionProblem,
-    operands: Operands,
-    dout: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    statistics: RowStatistics,
-    dq: Tensor,
-) -> None:
-    """Writes the row statistics and dq."""
+def bind_dq(
+    problem: AttentionProblem, operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor
+) -> Launcher:
+    """The launch that writes delta, lse_log2 and dq, for tensors like these."""
     from flash_attn.kernels.portable.backward import attn_bwd_dq_kernel
 
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
     config = dq_config(problem, hardware)
-    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * _batch_size(operands) * q.shape[-2]
-    if num_programs == 0 or q.numel() == 0:
-        return
     tma = config.tma and _tma_allowed(problem, hardware, k, v)
-    attn_bwd_dq_kernel[(num_programs,)](
-        _tensor(q),
-        _tensor(k),
-        _tensor(v),
-        _tensor(out),
-        _tensor(dout),
-        _tensor(dq),
-        _statistic(softmax_lse),
-        _statistic(statistics.delta),
-        _statistic(statistics.lse_log2),
-        _descriptor(k, config.block_n) if tma else None,
-        _descriptor(v, config.block_n) if tma else None,
-        _sequences(operands),
-        _score(operands),
-        _dropout(operands),
-        *_lengths(operands),
-        **_tile(problem, config),
-    )
+    fixed = _Fixed(operands)
+    strides = [_strides(x) for x in (q, k, v, out, dout, dq)] + [_statistic_strides(softmax_lse)] * 3
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            *(fixed.tensor(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)),
+            _descriptor(t[1], config.block_n) if tma else None,
+            _descriptor(t[2], config.block_n) if tma else None,
+            fixed.sequences(p[9], p[10], p[11], p[12]),
+            fixed.score(p[13]),
+            fixed.dropout(p[14]),
+            *fixed.lengths,
+        )
+
+    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * fixed.batch_size * q.shape[-2]
+    return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
 
 
-def launch_dkdv(
-    problem: AttentionProblem,
-    operands: Operands,
-    dout: Tensor,
-    statistics: RowStatistics,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Writes dk and dv, in one launch or in one each."""
+def bind_dkdv(
+    problem: AttentionProblem, operands: Operands, dout: Tensor, softmax_lse: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Launcher, ...]:
+    """The launch that writes dk and dv, or the two that write one each, for tensors like these."""
     from flash_attn.kernels.portable.backward import attn_bwd_dkdv_kernel
 
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
-    config = dkdv_config(problem, hardware)
-    num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * _batch_size(operands) * k.shape[-2]
-    if num_programs == 0 or k.numel() == 0:
-        return
-    tma = config.tma and _tma_allowed(problem, hardware, q, dout)
-    outputs = ((dk, None), (None, dv)) if config.split else ((dk, dv),)
-    for dk_out, dv_out in outputs:
-        attn_bwd_dkdv_kernel[(num_programs,)](
-            _tensor(q),
-            _tensor(k),
-            _tensor(v),
-            _tensor(dout),
-            None if dk_out is None else _tensor(dk_out),
-            None if dv_out is None else _tensor(dv_out),
-            _statistic(statistics.delta),
-            _statistic(statistics.lse_log2),
-            _descriptor(q, config.block_m) if tma else None,
-            _descriptor(dout, config.block_m) if tma else None,
-            _sequences(operands),
-            _score(operands),
-            _dropout(operands),
-            *_lengths(operands),
-            **_tile(problem, config),
-        )
+    tma_allowed = _tma_allowed(problem, hardware, q, dout)
+    fixed = _Fixed(operands)
+    strides = [_strides(x) for x in (q, k, v, dout, dk, dv)] + [_statistic_strides(softmax_lse)] * 2
+
+    def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
+        tma = config.tma and tma_allowed
+
+        def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+            tensors = [fixed.tensor(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)]
+            return (
+                *tensors[:4],
+                tensors[4] if with_dk else None,
+                tensors[5] if with_dv else None,
+                *tensors[6:],
+                _descriptor(t[0], config.block_m) if tma else None,
+                _descriptor(t[3], config.block_m) if tma else None,
+                fixed.sequences(p[8], p[9], p[10], p[11]),
+                fixed.score(p[12]),
+                fixed.dropout(p[13]),
+                *fixed.lengths,
+            )
+
+        num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * fixed.batch_size * k.shape[-2]
+        return Launcher(attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, *_tile(problem, config))
+
+    configs = dkdv_config(problem, hardware)
+    if isinstance(configs, BackwardConfig):
+        return (launcher(configs, True, True),)
+    dk_config, dv_config = configs
+    return launcher(dk_config, True, False), launcher(dv_config, False, True)
 
 
 def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     """S_dmask: exp(score - row maximum), negative where dropped; (batch, nheads, round128(seqlen_q), round128(seqlen_k))."""
     from flash_attn.kernels.portable.scores import attn_scores_kernel
 
-    q = operands.q
-    batch_size, nheads = _batch_size(operands), q.shape[-2]
-    shape = [math.ceil(length / 128) * 128 for length in (operands.max_seqlen_q, operands.max_seqlen_k)]
-    scores = q.new_zeros(batch_size, nheads, *shape)
-    block_m, block_n = (16, 16) if q.device.type == "cpu" else (64, 64)
-    num_programs = math.ceil(operands.max_seqlen_q / block_m) * batch_size * nheads
-    if num_programs > 0 and q.numel() > 0:
-        with _device_of(q):
-            attn_scores_kernel[(num_programs,)](
-                _tensor(q),
-                _tensor(operands.k),
-                scores,
-                *scores.stride()[:3],
-                _sequences(operands),
-                _pages(operands),
-                _score(operands),
-                _dropout(operands),
-                *_lengths(operands),
-                **_tile(problem, ForwardConfig(block_m, block_n, 4, 1)),
-            )
+    q, k = operands.q, operands.k
+    fixed = _Fixed(operands)
+    padded = [math.ceil(length / 128) * 128 for length in (operands.max_seqlen_q, operands.max_seqlen_k)]
+    scores = q.new_zeros(fixed.batch_size, q.shape[-2], *padded)
+    block = 16 if q.device.type == "cpu" else 64
+    q_strides, k_strides, score_strides, pages = _strides(q), _strides(k), scores.stride()[:3], _page_numbers(operands)
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            fixed.tensor(p[0], *q_strides),
+            fixed.tensor(p[1], *k_strides),
+            p[2],
+            *score_strides,
+            fixed.sequences(p[3], p[4], p[5], p[6]),
+            fixed.pages(p[9], *pages),
+            fixed.score(p[7]),
+            fixed.dropout(p[8]),
+            *fixed.lengths,
+        )
+
+    num_programs = math.ceil(operands.max_seqlen_q / block) * fixed.batch_size * q.shape[-2]
+    config = ForwardConfig(block, block, 4, 1)
+    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
+    launch(q, k, scores, *_optional_tensors(operands), operands.block_table)
     return scores
 
 
-def _tensor(x: Tensor) -> tuple[Any, ...]:
-    """A kernel's Tensor argument; packed batches have no batch stride."""
-    from flash_attn.kernels.algebra.arguments import Tensor as Argument
+class _Fixed:
+    """The kernel arguments that stay the same from call to call, and makers for those that carry a pointer."""
 
+    def __init__(self, operands: Operands) -> None:
+        from flash_attn.kernels.algebra import arguments
+
+        q, k = operands.q, operands.k
+        self.tensor = arguments.Tensor
+        self.sequences = arguments.Sequences
+        self.pages = arguments.Pages
+        self.batch_size = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
+        nheads, slopes = q.shape[-2], operands.alibi_slopes
+        total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
+        if operands.block_table is not None:
+            total_k = operands.block_table.shape[1] * k.shape[1]
+        self.lengths = (
+            operands.max_seqlen_q,
+            operands.max_seqlen_k,
+            q.shape[0] if q.dim() == 3 else q.shape[1],
+            total_k,
+            *operands.window,
+            nheads,
+            nheads // k.shape[-2],
+        )
+        scale = max(abs(operands.softmax_scale), SMALLEST_SCALE)
+        softcap = operands.softcap if operands.softcap > 0.0 else None
+        slope_stride = None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0)
+        negative = 1 if operands.softmax_scale < 0.0 else None
+        keep_below = round((1.0 - operands.dropout_p) * DROPOUT_LEVELS)
+        rescale = 1.0 / (1.0 - operands.dropout_p)
+        no_dropout = arguments.Dropout()
+        self.score = lambda slopes: arguments.Score(scale, softcap, slopes, slope_stride, negative)
+        self.dropout = lambda rng_state: (
+            no_dropout if rng_state is None else arguments.Dropout(rng_state, keep_below, rescale)
+        )
+
+
+def _optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
+    return (
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_k,
+        operands.seqused_k,
+        operands.leftpad_k,
+        operands.alibi_slopes,
+        operands.rng_state,
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides; packed batches have no batch stride."""
     if x.dim() == 3:
         stride_s, stride_h, _ = x.stride()
-        return Argument(x, 0, stride_s, stride_h)
-    stride_b, stride_s, stride_h, _ = x.stride()
-    return Argument(x, stride_b, stride_s, stride_h)
+        return 0, stride_s, stride_h
+    return x.stride()[:3]  # type: ignore[return-value]
 
 
-def _statistic(x: Tensor) -> tuple[Any, ...]:
-    """softmax_lse or delta: (batch, nheads, seqlen_q) or (nheads, total_q), contiguous along the sequence."""
-    from flash_attn.kernels.algebra.arguments import Tensor as Argument
-
-    if x.dim() == 2:
-        return Argument(x, 0, 1, x.stride(0))
-    return Argument(x, x.stride(0), 1, x.stride(1))
+def _statistic_strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides of softmax_lse and its like, contiguous along the sequence."""
+    return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    if q.dim() == 3:
-        return torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-
-
-def _batch_size(operands: Operands) -> int:
-    return operands.q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
-
-
-def _sequences(operands: Operands) -> tuple[Any, ...]:
-    from flash_attn.kernels.algebra.arguments import Sequences
-
-    return Sequences(operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k, operands.leftpad_k)
-
-
-def _pages(operands: Operands) -> tuple[Any, ...]:
-    from flash_attn.kernels.algebra.arguments import Pages
-
+def _page_numbers(operands: Operands) -> tuple[int | None, ...]:
+    """Stride of the block table, pages per sequence, tokens per page, pages in all."""
     table = operands.block_table
     if table is None:
-        return Pages()
-    return Pages(table, table.stride(0), table.shape[1], operands.k.shape[1], operands.k.shape[0])
+        return (None,) * 4
+    return table.stride(0), table.shape[1], operands.k.shape[1], operands.k.shape[0]
 
 
-def _score(operands: Operands) -> tuple[Any, ...]:
-    from flash_attn.kernels.algebra.arguments import Score
-
-    slopes = operands.alibi_slopes
-    return Score(
-        max(abs(operands.softmax_scale), SMALLEST_SCALE),
-        operands.softcap if operands.softcap > 0.0 else None,
-        slopes,
-        None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
-        1 if operands.softmax_scale < 0.0 else None,
-    )
-
-
-def _dropout(operands: Operands) -> tuple[Any, ...]:
-    from flash_attn.kernels.algebra.arguments import Dropout
-
-    if operands.dropout_p == 0.0:
-        return Dropout()
-    keep_below = round((1.0 - operands.dropout_p) * DROPOUT_LEVELS)
-    return Dropout(operands.rng_state, keep_below, 1.0 / (1.0 - operands.dropout_p))
-
-
-def _lengths(operands: Operands) -> tuple[int | None, ...]:
-    """seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group."""
-    q, k = operands.q, operands.k
-    nheads = q.shape[-2]
-    total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
-    if operands.block_table is not None:
-        total_k = operands.block_table.shape[1] * k.shape[1]
-    total_q = q.shape[0] if q.dim() == 3 else q.shape[1]
-    return (
-        operands.max_seqlen_q,
-        operands.max_seqlen_k,
-        total_q,
-        total_k,
-        *operands.window,
-        nheads,
-        nheads // k.shape[-2],
-    )
-
-
-def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> dict[str, Any]:
-    return {
+def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the kernel's constexprs, Triton's launch options)."""
+    constants = {
         "HEAD_DIM": problem.headdim,
         "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee",
         "STAGES": config.num_stages,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
     }
+    return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def _tma_allowed(problem: AttentionProblem, hardware: Hardware, *looped: Tensor) -> bool:
     """Whether tensor descriptors can read these operands: dense, on Hopper or newer, 16-byte aligned."""
     if problem.layout != "dense" or hardware.kind != "cuda" or int(hardware.arch.removeprefix("sm_")) < 90:
         return False
-    return all(_aligned(x) for x in looped)
+    return all(x.numel() > 0 and _aligned(x) for x in looped)
 
 
 def _aligned(x: Tensor) -> bool:
-    strides = x.stride()[:-1]
-    return (
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
-    )
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
 
 
 def _descriptor(x: Tensor, block: int) -> Any:
@@ -337,16 +336,3 @@ def _descriptor(x: Tensor, block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, head_dim_pad(x.shape[-1])])
-
-
-def _device_of(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else _nothing
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-_nothing = _Nothing()

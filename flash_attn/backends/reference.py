@@ -31,7 +31,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     """Span by span; rows outside every sequence get out 0 and softmax_lse -inf."""
     q = operands.q
     compute_dtype = spans.accumulator(q.dtype)
-    result = spans.blank_result(operands, return_scores)
+    result = spans.allocate_result(operands, return_scores)
     for span in spans.spans(operands):
         q_span, keep = spans.queries(q, span), _keep(operands, span)
         k_span, v_span = (spans.keys(x, span, operands.block_table) for x in (operands.k, operands.v))
@@ -69,8 +69,7 @@ def backward(
     compute_dtype = spans.accumulator(operands.q.dtype)
     delta = spans.rowsum(dout, out)
     left, right = (-1 if side is None else side for side in operands.window)
-    for gradient in gradients:
-        gradient.zero_()
+    spans.blank_gradients(operands, gradients)
     for span in spans.spans(operands):
         dq, dk, dv = pytorch_flash_attention_backward(
             spans.queries(dout, span),

@@ -1,4 +1,4 @@
-"""What the backends written in PyTorch share: where each sequence lies, resolved on the host, and blank results.
+"""What the backends written in PyTorch share: where each sequence lies, resolved on the host, and room for results.
 
 Contents of cu_seqlens, seqused_k, leftpad_k and block_table are clamped as kernels/algebra/span.py and locate.py do: a
 wrong number gives a wrong answer but never an access out of bounds. Views of packed tensors get a batch dimension of 1.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn.backends.base import ForwardResult, Operands
+from flash_attn.backends.base import ForwardResult, Gradients, Operands
 
 SCORES_ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask up to this
 
@@ -35,11 +35,11 @@ def batch_size(operands: Operands) -> int:
 def spans(operands: Operands) -> Iterator[Span]:
     """Every span of a call; one transfer to the host for each array of lengths."""
     total_q, total_k = operands.max_seqlen_q, _addressable_keys(operands)
-    index_arrays = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k, operands.leftpad_k)
-    if all(array is None for array in index_arrays):
+    if not _has_lengths(operands):
         yield Span(0, batch_size(operands), 0, 0, total_q, 0, total_k)
         return
-    ends_q, ends_k, used_k, leftpad_k = (None if array is None else array.tolist() for array in index_arrays)
+    arrays = _length_arrays(operands)
+    ends_q, ends_k, used_k, leftpad_k = (None if array is None else array.tolist() for array in arrays)
     paged = operands.block_table is not None
     packed = operands.q.dim() == 3
     for batch in range(batch_size(operands)):
@@ -98,12 +98,20 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def blank_result(operands: Operands, return_scores: bool) -> ForwardResult:
-    """The result of rows that see no key: out 0, softmax_lse -inf, and S_dmask 0 when asked for."""
+def covered(operands: Operands) -> bool:
+    """Whether one span writes every token's results, so that none needs a value beforehand."""
+    return not _has_lengths(operands) and operands.q.numel() > 0 and operands.k.numel() > 0
+
+
+def allocate_result(operands: Operands, return_scores: bool) -> ForwardResult:
+    """Room for a forward; rows outside every span hold out 0 and softmax_lse -inf, S_dmask (when asked for) is 0."""
     q = operands.q
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    softmax_lse = torch.full(shape, -torch.inf, dtype=accumulator(q.dtype), device=q.device)
+    softmax_lse = torch.empty(shape, dtype=accumulator(q.dtype), device=q.device)
+    if not covered(operands):
+        out.zero_()
+        softmax_lse.fill_(-torch.inf)
     if not return_scores:
         return ForwardResult(out, softmax_lse)
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k)
@@ -111,10 +119,25 @@ def blank_result(operands: Operands, return_scores: bool) -> ForwardResult:
     return ForwardResult(out, softmax_lse, q.new_zeros(batch_size(operands), q.shape[-2], *rounded))
 
 
+def blank_gradients(operands: Operands, gradients: Gradients) -> None:
+    """Gradient 0 for the tokens outside every span."""
+    if not covered(operands):
+        for gradient in gradients:
+            gradient.zero_()
+
+
 def rowsum(dout: Tensor, out: Tensor) -> Tensor:
     """delta = rowsum(dout * out), shaped like softmax_lse."""
     work = accumulator(out.dtype)
     return (dout.to(work) * out.to(work)).sum(-1).transpose(-1, -2).contiguous()
+
+
+def _length_arrays(operands: Operands) -> tuple[Tensor | None, ...]:
+    return operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k, operands.leftpad_k
+
+
+def _has_lengths(operands: Operands) -> bool:
+    return any(array is not None for array in _length_arrays(operands))
 
 
 def _tokens(x: Tensor, span: Span, start: int, length: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn.backward.call import attend, differentiate, make_words, outputs, save
+from flash_attn.backward.call import attend, differentiate, make_words, outputs, run, save
 
 
 class FlashAttnFunc(torch.autograd.Function):
@@ -136,7 +136,15 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         is_grad_enabled: bool = True,
     ) -> Any:
         words = make_words(
-            q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, deterministic, max_seqlen_q, max_seqlen_k
+            q.shape[-1],
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            deterministic,
+            max_seqlen_q,
+            max_seqlen_k,
         )
         results = attend(q, k, v, words, alibi_slopes, return_softmax, cu_seqlens_q, cu_seqlens_k, block_table)
         if is_grad_enabled:
@@ -211,7 +219,15 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
     ) -> Any:
         k, v = kv.unbind(1)
         words = make_words(
-            q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, deterministic, max_seqlen_q, max_seqlen_k
+            q.shape[-1],
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            deterministic,
+            max_seqlen_q,
+            max_seqlen_k,
         )
         results = attend(q, k, v, words, alibi_slopes, return_softmax, cu_seqlens_q, cu_seqlens_k)
         if is_grad_enabled:
@@ -310,7 +326,8 @@ def flash_attn_func_with_grad(
     The other arguments and errors are those of `flash_attn_func`.
     """
     window = (window_size_left, window_size_right) if window_size is None else window_size
-    result = FlashAttnFunc.apply(
+    result = run(
+        FlashAttnFunc,
         q,
         k,
         v,
@@ -322,6 +339,5 @@ def flash_attn_func_with_grad(
         alibi_slopes,
         deterministic,
         return_softmax_lse,
-        torch.is_grad_enabled(),
     )
     return result[:2] if return_softmax_lse else result

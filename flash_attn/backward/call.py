@@ -54,9 +54,20 @@ def _plain_window(window_size: Sequence[int]) -> bool:
     )
 
 
-def _observed() -> bool:
-    """Whether operators must be visible: to the compiler or to a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def _observed(x: Tensor) -> bool:
+    """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
+        return function.apply(*arguments, True)
+    return function.forward(None, *arguments, False)
 
 
 def attend(
@@ -72,8 +83,17 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(out, softmax_lse, S_dmask, rng_state)."""
     left, right = words.window_size
-    numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes, return_softmax)
-    if not _observed():
+    numbers = (
+        words.dropout_p,
+        words.softmax_scale,
+        words.causal,
+        left,
+        right,
+        words.softcap,
+        alibi_slopes,
+        return_softmax,
+    )
+    if not _observed(q):
         return torch_ops.forward(
             q,
             k,
@@ -99,7 +119,7 @@ def differentiate(ctx: Any, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) ->
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not _observed() or block_table is not None:
+    if not _observed(q) or block_table is not None:
         torch_ops.backward(
             *tensors,
             *numbers,
@@ -131,9 +151,7 @@ def save(
     block_table: Tensor | None = None,
 ) -> None:
     out, softmax_lse, _, rng_state = results
-    ctx.save_for_backward(
-        q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table
-    )
+    ctx.save_for_backward(q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     ctx.words = words
 
 
@@ -144,5 +162,6 @@ def outputs(ctx: Any, results: tuple[Tensor, Tensor, Tensor | None, Tensor | Non
         return out
     if scores is None:
         scores = out.new_empty((0,))
-    ctx.mark_non_differentiable(softmax_lse, scores)
+    if ctx is not None:
+        ctx.mark_non_differentiable(softmax_lse, scores)
     return out, softmax_lse, scores

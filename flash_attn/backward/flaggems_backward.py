@@ -1,7 +1,7 @@
 """Gradients under FlagGems' name: dense and packed entry points that write dq, dk and dv.
 
-The FlagGems backend is not part of this release, so the backend that serves the problem computes them, from any forward's
-out and softmax_lse. The routing is logged once, at level info of the logger "flash_attn", and `routing` returns it.
+The FlagGems backend is not part of this release, so the backend that serves the problem computes them, from any
+forward's out and softmax_lse. `routing` says so, and the logger "flash_attn" does once, at level info.
 """
 
 import functools
@@ -19,8 +19,8 @@ _log = logging.getLogger("flash_attn")
 def routing() -> str:
     """Who computes these gradients, and why."""
     return (
-        "the FlagGems backend is not part of this release; the backend that flash_attn selects for the problem computes "
-        "the gradients (flash_attn.backends.explain names it)"
+        "the FlagGems backend is not part of this release; the backend that flash_attn selects for the problem "
+        "computes the gradients (flash_attn.backends.explain names it)"
     )
 
 

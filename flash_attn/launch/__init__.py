@@ -4,24 +4,28 @@ Precedence: a configuration pinned with `pinned(...)`, then the stored table, th
 """
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
-_pinned: dict[str, Any] = {}
+_pinned: contextvars.ContextVar[tuple[tuple[str, Any], ...]] = contextvars.ContextVar("flash_attn_launch", default=())
 
 
 @contextlib.contextmanager
 def pinned(**configs: Any) -> Iterator[None]:
     """Use the given configurations (`forward=`, `dq=`, `dkdv=`) inside the block, whatever the problem."""
-    before = dict(_pinned)
-    _pinned.update(configs)
+    token = _pinned.set(tuple({**dict(_pinned.get()), **configs}.items()))
     try:
         yield
     finally:
-        _pinned.clear()
-        _pinned.update(before)
+        _pinned.reset(token)
+
+
+def pins() -> tuple[tuple[str, Any], ...]:
+    """Every pinned configuration, hashable."""
+    return _pinned.get()
 
 
 def pinned_config(kernel: str) -> Any | None:
     """The configuration pinned for a kernel, or None."""
-    return _pinned.get(kernel)
+    return dict(_pinned.get()).get(kernel)

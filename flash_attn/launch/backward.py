@@ -17,7 +17,6 @@ class BackwardConfig(NamedTuple):
     num_warps: int
     num_stages: int  # tiles in flight
     tma: bool = False  # load the looped tiles through tensor descriptors where strides allow
-    split: bool = False  # dkdv: one launch for dk and one for dv, whose accumulators do not fit side by side
 
 
 def dq_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:
@@ -25,8 +24,13 @@ def dq_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:
     return pinned_config("dq") or _choose(problem, hardware)[0]
 
 
-def dkdv_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:
-    """The configuration of the dkdv kernel."""
+def dkdv_config(
+    problem: AttentionProblem, hardware: Hardware
+) -> BackwardConfig | tuple[BackwardConfig, BackwardConfig]:
+    """The configuration of the dkdv kernel; two where dk and dv have launches of their own.
+
+    At head dim 256 the two accumulators do not fit side by side: computing S twice costs less than spilling them.
+    """
     return pinned_config("dkdv") or _choose(problem, hardware)[1]
 
 

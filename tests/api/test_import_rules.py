@@ -35,8 +35,10 @@ RULES = {
     "kernels.hopper": Rule(("kernels.algebra", "kernels.hopper"), ("triton",)),
     "kernels": Rule((), ()),
     "backends.base": Rule(("problem", "hardware")),
+    "backends.launcher": Rule(("hardware",), ("torch", "triton")),
     "backends.portable": Rule(
-        ("backends.base", "problem", "hardware", "launch", "kernels.algebra", "kernels.portable"), ("torch", "triton")
+        ("backends.base", "backends.launcher", "problem", "hardware", "launch", "kernels.algebra", "kernels.portable"),
+        ("torch", "triton"),
     ),
     "backends.hopper": Rule(
         ("backends.base", "problem", "hardware", "launch", "kernels.algebra", "kernels.hopper"), ("torch", "triton")
@@ -59,18 +61,20 @@ RULES = {
         ("backends.base", "problem", "hardware", "torch_ops"), ("torch", "triton", "flag_gems")
     ),
     "backends": Rule(("backends", "problem", "hardware")),
-    "torch_ops": Rule(("backends", "problem", "hardware")),
+    "torch_ops": Rule(("backends", "problem", "hardware", "launch")),
     "backward": Rule(("backward", "problem", "torch_ops", "flash_attn_flaggems_backend")),
     "kvcache": Rule(("kvcache", "problem", "backward", "torch_ops")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
     "layers": Rule(("layers", "ops", "problem", "torch_ops")),
     "ops": Rule(("ops", "problem", "torch_ops")),
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
+    "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
     "": Rule(("flash_attn_interface",), ()),
 }
 LAZY_ONLY = {
     "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.reference"),
+    "backends.launcher": ("triton",),
     "backends.portable": ("triton", "kernels"),
     "backends.hopper": ("triton", "kernels"),
 }
@@ -86,7 +90,7 @@ EXCEPTIONS: dict[str, tuple[int, str]] = {
     ),
     "parameters of problem.describe": (18, "the arguments of all public functions, checked in one place"),
     "lines of module torch_ops": (
-        500,
+        550,
         "eight operators with upstream's long signatures, each written twice: real and fake",
     ),
     "lines of torch_ops.*ward": (70, "one line an argument, once in the signature and once in the call below"),

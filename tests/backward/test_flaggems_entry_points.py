@@ -73,7 +73,7 @@ def test_gradients_match_the_truth(case, seed):
 def test_given_outputs_are_written_and_returned(case, seed):
     inputs = make_inputs(case, "cpu", seed)
     out, lse = forward(case, inputs)
-    given = {name: torch.full_like(x, math.nan) for name, x in zip(("dq", "dk", "dv"), (inputs.q, inputs.k, inputs.v))}
+    given = {f"d{name}": torch.full_like(getattr(inputs, name), math.nan) for name in "qkv"}
     returned = gradients(case, inputs, out, lse, **given)
     for a, b, fresh in zip(returned, given.values(), gradients(case, inputs, out, lse), strict=True):
         assert a is b
@@ -110,7 +110,8 @@ def test_default_scale_and_mask(seed):
     inputs = make_inputs(CASES[0], "cpu", seed)
     out, lse = forward(CASES[0], inputs)
     short = DENSE(inputs.dout, inputs.q, inputs.k, inputs.v, out, lse)
-    for a, b in zip(short, DENSE(inputs.dout, inputs.q, inputs.k, inputs.v, out, lse, softmax_scale=32**-0.5)):
+    spelled_out = DENSE(inputs.dout, inputs.q, inputs.k, inputs.v, out, lse, softmax_scale=32**-0.5)
+    for a, b in zip(short, spelled_out, strict=True):
         assert torch.equal(a, b)
 
 
@@ -131,7 +132,7 @@ def test_default_scale_and_mask(seed):
 )
 def test_bad_arguments_are_named(change, words):
     x = torch.zeros(2, 33, 4, 32)
-    arguments = dict(dout=x, q=x, k=x, v=x, out=x, softmax_lse=torch.zeros(2, 4, 33), **{})
+    arguments = dict(dout=x, q=x, k=x, v=x, out=x, softmax_lse=torch.zeros(2, 4, 33))
     with pytest.raises(InvalidArgument, match=words):
         DENSE(**{**arguments, **change})
 

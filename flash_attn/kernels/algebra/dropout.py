@@ -1,31 +1,32 @@
 """Which attention weights are dropped: a pure function of (seed, offset, batch * head, row, key).
 
-Philox 4x32-10 turns seed, offset and batch * head into a key per head. Philox 2x32-7 with the counters (row patch, key patch)
-then gives 64 bits for a patch of four weights, 16 bits each: rows r and r + 8, keys c and c + 8. Those four sit in one thread
-of a tensor-core accumulator, of S as of its transpose, so the compiler finds the shared work; the bits themselves depend on
-no tile size and no backend.
+Philox 4x32-10 turns seed, offset and batch * head into four key words per head. A keyed multiplicative hash of the counters
+(row patch, key patch) then gives 64 bits for a patch of four weights, 16 bits each: rows r and r + 8, keys c and c + 8. Those
+four sit in one thread of a tensor-core accumulator, of S as of its transpose, so the compiler computes each hash once; the
+bits themselves depend on no tile size and no backend. Philox per weight, or per patch, would cost more than the attention.
 """
 
 import triton
 import triton.language as tl
 
-ROUNDS = tl.constexpr(7)
-MULTIPLIER = tl.constexpr(0xD256D193)
-WEYL = tl.constexpr(0x9E3779B9)
+ROW_STEP = tl.constexpr(0x9E3779B1)
+COL_STEP = tl.constexpr(0x85EBCA77)
+FIRST_MULTIPLIER = tl.constexpr(0x7FEB352D)
+SECOND_MULTIPLIER = tl.constexpr(0x846CA68B)
 
 
 @triton.jit
 def load_key(dropout, batch_head):
-    """Three 32-bit words for one (batch, head); zeros without dropout."""
-    key, row_word, col_word = 0, 0, 0
+    """Four 32-bit words for one (batch, head); zeros without dropout."""
+    a, b, c, d = 0, 0, 0, 0
     if dropout.rng_state is not None:
         seed = tl.load(dropout.rng_state)
         offset = tl.load(dropout.rng_state + 1)
         low = (offset & 0xFFFFFFFF).to(tl.uint32)
         high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
         head_word = batch_head.to(tl.uint32)
-        key, row_word, col_word, unused = tl.philox(seed, low, high, head_word, head_word * 0)
-    return key, row_word, col_word
+        a, b, c, d = tl.philox(seed, low, high, head_word, head_word * 0)
+    return a, b, c, d
 
 
 @triton.jit
@@ -35,30 +36,35 @@ def patch_index(positions):
 
 
 @triton.jit
-def philox_2x32(high, low, key):
-    """Philox 2x32-7 of broadcastable uint32 counters; returns two uint32 tiles."""
-    for _round in tl.static_range(ROUNDS):
-        product_high = tl.umulhi(high, MULTIPLIER)
-        product_low = high * MULTIPLIER
-        high = product_high ^ key ^ low
-        low = product_low
-        key = key + WEYL
-    return high, low
+def patch_hash(rows, cols, key):
+    """64 hashed bits of each patch as (high, low) uint32; rows and cols broadcast to the tile."""
+    row_key, col_key, mix_key, last_key = key
+    x = (patch_index(rows) * ROW_STEP + row_key) ^ (patch_index(cols) * COL_STEP + col_key)
+    x = x * FIRST_MULTIPLIER
+    x = x ^ (x >> 15) ^ mix_key
+    wide = x.to(tl.uint64) * SECOND_MULTIPLIER
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32) ^ last_key
 
 
 @triton.jit
 def keep_mask(dropout, key, rows, cols):
     """Whether each weight is kept; rows and cols broadcast to the tile, `key` is from load_key."""
-    head_key, row_word, col_word = key
-    row_counter = patch_index(rows) ^ row_word
-    col_counter = patch_index(cols) ^ col_word
-    high, low = philox_2x32(row_counter + col_counter * 0, col_counter + row_counter * 0, head_key)
+    high, low = patch_hash(rows, cols, key)
     word = tl.where((rows & 8) != 0, high, low)
-    bits = tl.where((cols & 8) != 0, word >> 16, word & 0xFFFF)
+    bits = tl.where((cols & 8) != 0, word, word << 16)
     return bits < dropout.keep_below
 
 
 @triton.jit
-def dropout_forward(weights, keep, dropout):
-    """Kept weights rescaled to the same expectation, dropped ones 0. Linear, hence its own VJP."""
-    return tl.where(keep, weights * dropout.rescale, 0.0)
+def drop(weights, keep):
+    """Dropped weights as 0; kept ones still lack the factor `kept_scale`, which finished sums get once. Its own VJP."""
+    return tl.where(keep, weights, 0.0)
+
+
+@triton.jit
+def kept_scale(dropout):
+    """1 / (1 - p), which keeps the expectation of a sum of weights; 1 without dropout."""
+    scale = 1.0
+    if dropout.rng_state is not None:
+        scale = dropout.rescale
+    return scale

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.dropout import dropout_forward, keep_mask, load_key
+from flash_attn.kernels.algebra.dropout import drop, keep_mask, kept_scale, load_key
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_weights
@@ -23,9 +23,7 @@ from flash_attn.kernels.portable.tiles import load_rows, row_base, sequence_base
 
 
 @triton.jit
-def tile_gradients(
-    qk, dp, row_lse, row_delta, rows, cols, masked, span, window, score, slope, dropout, key
-):
+def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window, score, slope, dropout, key):
     """(weights that multiplied v, gradient of qk) of one tile: the whole chain rule, for either orientation of the tile."""
     tile = score_forward(qk, rows, cols, span, score, slope)
     weights = softmax_weights(tile, unit_log2(score), row_lse)
@@ -34,8 +32,8 @@ def tile_gradients(
     used = weights
     if dropout.rng_state is not None:
         keep = keep_mask(dropout, key, rows, cols)
-        used = dropout_forward(weights, keep, dropout)
-        dp = dropout_forward(dp, keep, dropout)
+        used = drop(weights, keep)
+        dp = drop(dp, keep) * kept_scale(dropout)
     return used, score_backward(softmax_backward(weights, dp, row_delta), qk, score)
 
 
@@ -133,6 +131,8 @@ def accumulate_dkdv(
     begin, full_begin, full_end, end = bounds
     dk = tl.zeros([BLOCK_N, HEAD_DIM_PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM_PAD], tl.float32)
+    slope = load_slope(score, batch, head_k * group)
+    key = load_key(dropout, batch * nheads + head_k * group)
     for step in tl.range(0, (end - begin) * group, num_stages=STAGES):
         member, block = group_step(step, end - begin, group)
         head = head_k * group + member
@@ -152,8 +152,9 @@ def accumulate_dkdv(
         row_delta = tl.load(delta_rows, mask=rows < span.seqlen_q, other=0.0)
         qk = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
         dp = tl.dot(v_tile, dout_tile.T, input_precision=PRECISION)
-        slope = load_slope(score, batch, head)
-        key = load_key(dropout, batch * nheads + head)
+        if (block == 0) & (member > 0):
+            slope = load_slope(score, batch, head)
+            key = load_key(dropout, batch * nheads + head)
         masked = (m_block < full_begin) | (m_block >= full_end)
         used, dqk = tile_gradients(qk, dp, row_lse[None, :], row_delta[None, :], rows[None, :], cols[:, None], masked,
                                    span, window, score, slope, dropout, key)  # fmt: skip
@@ -209,5 +210,5 @@ def attn_bwd_dkdv_kernel(
         store_rows(dk, sequence_base(dk, batch, head_k, span.start_k), dk_acc * gradient_scale(score), first,
                    span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
     if dv is not None:
-        store_rows(dv, sequence_base(dv, batch, head_k, span.start_k), dv_acc, first,
+        store_rows(dv, sequence_base(dv, batch, head_k, span.start_k), dv_acc * kept_scale(dropout), first,
                    span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip

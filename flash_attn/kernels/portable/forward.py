@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.dropout import dropout_forward, keep_mask, load_key
+from flash_attn.kernels.algebra.dropout import drop, keep_mask, kept_scale, load_key
 from flash_attn.kernels.algebra.interval import block_bounds, key_interval, visible
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
@@ -58,7 +58,9 @@ def attend(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for n_block in tl.range(begin, end, num_stages=STAGES):
-        k_tile = load_keys(k, k_desc, k_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        k_tile = load_keys(
+            k, k_desc, k_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
+        )
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)
@@ -66,8 +68,10 @@ def attend(
             tile = tl.where(visible(rows[:, None], cols[None, :], span, window), tile, float("-inf"))
         weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
         if dropout.rng_state is not None:
-            weights = dropout_forward(weights, keep_mask(dropout, key, rows[:, None], cols[None, :]), dropout)
-        v_tile = load_keys(v, v_desc, v_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+            weights = drop(weights, keep_mask(dropout, key, rows[:, None], cols[None, :]))
+        v_tile = load_keys(
+            v, v_desc, v_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
+        )
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
@@ -105,6 +109,6 @@ def attn_fwd_kernel(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
-    store_rows(out, sequence_base(out, batch, head, span.start_q), acc * inverse_sum[:, None], m_block * BLOCK_M,
+    store_rows(out, sequence_base(out, batch, head, span.start_q), acc * (inverse_sum * kept_scale(dropout))[:, None], m_block * BLOCK_M,
                span.seqlen_q, BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
     tl.store(row_base(softmax_lse, batch, head, span.start_q) + rows, lse, mask=rows < span.seqlen_q)

@@ -12,7 +12,12 @@ from flash_attn.kernels.algebra.locate import locate_keys
 @triton.jit
 def sequence_base(t, batch, head, start):
     """Pointer to token 0 of one sequence and head."""
-    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + tl.cast(start, tl.int64) * t.stride_s
+    return (
+        t.ptr
+        + tl.cast(batch, tl.int64) * t.stride_b
+        + tl.cast(head, tl.int64) * t.stride_h
+        + tl.cast(start, tl.int64) * t.stride_s
+    )
 
 
 @triton.jit
@@ -55,7 +60,9 @@ def load_paged_rows(
     mask = valid[:, None]
     if HEAD_DIM != HEAD_DIM_PAD:
         mask = mask & (dims < HEAD_DIM)[None, :]
-    return tl.load(t.ptr + tl.cast(head, tl.int64) * t.stride_h + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+    return tl.load(
+        t.ptr + tl.cast(head, tl.int64) * t.stride_h + offsets[:, None] + dims[None, :], mask=mask, other=0.0
+    )
 
 
 @triton.jit
