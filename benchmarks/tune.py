@@ -9,21 +9,23 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import math
 import multiprocessing
 import pathlib
 
 import torch
+import triton
+from triton.testing import do_bench
+
 from flash_attn import launch
 from flash_attn.backends import portable
 from flash_attn.backends.base import Operands
 from flash_attn.launch.backward import BackwardConfig
 from flash_attn.launch.forward import ForwardConfig
 from flash_attn.problem import describe
-from triton.testing import do_bench
 
 TOKENS, HIDDEN = 16384, 2048
-LOG2_E = 1.4426950408889634
-SHAPES = {  # (block_m, block_n, warps, stages) and for dkdv whether dk and dv have launches of their own
+SHAPES = {  # (block_m, block_n, warps, stages)
     "forward": {
         64: [(64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)],
         128: [(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)],
@@ -35,10 +37,16 @@ SHAPES = {  # (block_m, block_n, warps, stages) and for dkdv whether dk and dv h
         256: [(64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
     },
     "dkdv": {
-        64: [(32, 128, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3), (64, 128, 8, 2), (32, 128, 4, 3), (32, 64, 4, 2), (64, 64, 4, 1)],
+        64: [(32, 128, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 4, 3), (32, 64, 4, 2), (64, 64, 4, 1)],
         128: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 1)],
-        256: [(64, 64, 8, 2), (64, 64, 4, 2, True), (64, 128, 8, 1, True), (64, 64, 8, 2, True), (32, 64, 4, 2, True),
-              (32, 128, 8, 2, True), (64, 64, 4, 1, True)],
+        256: [(64, 64, 8, 2)],
+    },
+    "dk": {
+        256: [(64, 64, 4, 2), (64, 128, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1), (32, 64, 4, 3)],
+    },
+    "dv": {
+        256: [(64, 64, 4, 2), (64, 128, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 1), (32, 64, 4, 3),
+              (64, 128, 8, 2), (32, 64, 4, 4), (32, 128, 8, 3), (128, 64, 4, 1)],
     },
 }  # fmt: skip
 
@@ -49,38 +57,37 @@ def inputs(seqlen, headdim, dtype=torch.bfloat16):
     return [torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype) for _ in range(4)]
 
 
-def launcher(kernel, q, k, v, dout, causal):
-    """A callable that runs one kernel with the pinned configuration."""
-    problem, seqlen_q, seqlen_k = describe(
-        q, k, v, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=causal, window_size_left=-1,
-        window_size_right=-1, softcap=0.0, alibi_slopes=None,
-    )  # fmt: skip
-    operands = Operands(q, k, v, q.shape[-1] ** -0.5, seqlen_q, seqlen_k, problem.window)
+def launcher(kernel, shape, tma, q, k, v, dout, causal):
+    """A callable that runs one kernel with one configuration."""
+    scale = q.shape[-1] ** -0.5
+    problem, seqlen_q, seqlen_k = describe(q, k, v, 0.0, scale, causal, -1, -1, 0.0)
+    operands = Operands(q, k, v, scale, seqlen_q, seqlen_k, problem.window)
+    out, lse = torch.empty_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+    delta, lse_log2 = torch.zeros_like(lse), torch.full_like(lse, math.log2(seqlen_k))
+    first, second = torch.empty_like(q), torch.empty_like(q)
+    nothing = (None,) * 6
+    config = (ForwardConfig if kernel == "forward" else BackwardConfig)(*shape, tma)
     if kernel == "forward":
-        return lambda: portable.forward(problem, operands)
-    out, lse, _ = portable.forward(problem, operands)
-    statistics = portable.RowStatistics(torch.zeros_like(lse), lse * LOG2_E)
-    gradient, other = torch.empty_like(q), torch.empty_like(q)
+        with launch.pinned(forward=config):
+            run = portable.bind_forward(problem, operands, out, lse)
+        return lambda: run(q, k, v, out, lse, *nothing, None)
     if kernel == "dq":
-        return lambda: portable.launch_dq(problem, operands, dout, out, lse, statistics, gradient)
-    return lambda: portable.launch_dkdv(problem, operands, dout, statistics, gradient, other)
-
-
-def config_of(kernel, shape, tma):
-    """The configuration value of a candidate."""
-    tile, split = shape[:4], shape[4:]
-    return ForwardConfig(*tile, tma) if kernel == "forward" else BackwardConfig(*tile, tma, *split)
+        with launch.pinned(dq=config):
+            run = portable.bind_dq(problem, operands, dout, out, lse, first)
+        return lambda: run(q, k, v, out, dout, first, lse, delta, lse_log2, *nothing)
+    with launch.pinned(dkdv=config if kernel == "dkdv" else (config, config)):
+        run = portable.bind_dkdv(problem, operands, dout, lse, first, second)[-1 if kernel == "dv" else 0]
+    return lambda: run(q, k, v, dout, first, second, delta, lse_log2, *nothing)
 
 
 def compile_candidate(candidate):
     """Run one candidate once on a small problem, which leaves its binary in Triton's cache."""
     kernel, headdim, causal, shape, tma = candidate
-    q, k, v, dout = (torch.randn(1, 512, 2, headdim, device="cuda").bfloat16() for _ in range(4))
+    q, k, v, dout = (torch.randn(16, 512, 64, headdim, device="cuda").bfloat16() for _ in range(4))
     try:
-        with launch.pinned(**{kernel: config_of(kernel, shape, tma)}):
-            launcher(kernel, q, k, v, dout, causal)()
+        launcher(kernel, shape, tma, q, k, v, dout, causal)()
         torch.cuda.synchronize()
-    except Exception as error:  # a candidate that does not fit the machine is simply no candidate
+    except triton.runtime.errors.OutOfResources as error:
         return candidate, repr(error)[:120]
     return candidate, None
 
@@ -90,7 +97,7 @@ def pairs(seqlen, causal):
     return seqlen * (seqlen + 1) // 2 if causal else seqlen * seqlen
 
 
-PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4}
+PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4, "dk": 3, "dv": 2}
 
 
 def measure(candidates, seqlens):
@@ -100,11 +107,10 @@ def measure(candidates, seqlens):
         group = list(group)
         for seqlen in seqlens:
             tensors = inputs(seqlen, headdim)
-            run = launcher(kernel, *tensors, causal)
             flops = 2 * PRODUCTS[kernel] * headdim * pairs(seqlen, causal) * (TOKENS // seqlen) * (HIDDEN // headdim)
             for _, _, _, shape, tma in group:
-                with launch.pinned(**{kernel: config_of(kernel, shape, tma)}):
-                    milliseconds = do_bench(run, warmup=5, rep=25, return_mode="median")
+                run = launcher(kernel, shape, tma, *tensors, causal)
+                milliseconds = do_bench(run, warmup=5, rep=25, return_mode="median")
                 rows.append((kernel, headdim, causal, shape, tma, seqlen, milliseconds, flops / milliseconds * 1e-9))
     return rows
 
@@ -121,7 +127,7 @@ def main():
         for kernel in arguments.kernels
         for headdim in arguments.headdims
         for causal in (False, True)
-        for shape in SHAPES[kernel][headdim]
+        for shape in SHAPES[kernel].get(headdim, ())
         for tma in (False, True)
     ]
     context = multiprocessing.get_context("spawn")

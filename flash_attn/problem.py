@@ -120,7 +120,7 @@ def describe(
     _check_operands(q, k, v, 3 if varlen else 4)
     nheads, headdim = q.shape[-2], q.shape[-1]
     nheads_k = k.shape[-2]
-    if varlen:
+    if cu_seqlens_q is not None:
         batch_size, seqlen_q, seqlen_k = _check_varlen(
             q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table
         )

@@ -2,9 +2,10 @@
 
 Imports torch only. Words of 32 bits live in int64 tensors, products are taken in 16-bit halves: nothing overflows.
 
-    (key, row word, col word, _) = philox 4x32-10 (counter: offset low, offset high, batch * head, 0; key: seed)
-    high, low                    = philox 2x32-7  (counter: row patch ^ row word, col patch ^ col word; key)
-    kept                         = 16 bits of high or low < round((1 - p) 65536)
+    (row key, col key, mix key, _) = philox 4x32-10 (counter: offset low, offset high, batch * head, 0; key: seed)
+    x                              = mixed (row patch * ROW_STEP + row key) ^ (col patch * COL_STEP + col key)
+    high, low                      = x * FINISH_HIGH, x * FINISH_LOW
+    kept                           = 16 bits of high or low < round((1 - p) 65536)
 
 A patch is four weights, rows r and r + 8 by keys c and c + 8: high is for the second row, upper halves for the second
 key.
@@ -15,14 +16,16 @@ from torch import Tensor
 
 LEVELS = 65536  # 16 random bits decide about a weight
 MASK = 0xFFFFFFFF
-MULTIPLIER_2X32 = 0xD256D193
 MULTIPLIERS_4X32 = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+ROW_STEP, COL_STEP = 0x9E3779B1, 0x85EBCA77
+MIX = 0x7FEB352D
+FINISH_LOW, FINISH_HIGH = 0x846CA68B, 0xD35A2D97
 
 
 def keep_below(dropout_p: float) -> int:
     """The threshold on a weight's 16 random bits, below which it is kept."""
-    return round((1.0 - dropout_p) * LEVELS)
+    return max(1, round((1.0 - dropout_p) * LEVELS))
 
 
 def keep_mask(rng_state: Tensor, dropout_p: float, batch_heads: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def keep_mask(rng_state: Tensor, dropout_p: float, batch_heads: Tensor, rows: Te
     words = [word[:, None, None] for word in head_words(rng_state, batch_heads)]
     row_patches, row_index = _patches(rows)
     col_patches, col_index = _patches(cols)
-    high, low = philox_2x32(row_patches[:, None] ^ words[1], col_patches ^ words[2], words[0])
+    high, low = patch_hash(row_patches[:, None], col_patches, *words)
     below = keep_below(dropout_p)
     lanes = torch.stack([bits < below for bits in (low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16)], dim=-1)
     # (N, row patch, col patch, row in patch * col in patch) -> (N, row patch * 2, col patch * 2)
@@ -49,7 +52,7 @@ def keep_mask(rng_state: Tensor, dropout_p: float, batch_heads: Tensor, rows: Te
 
 
 def head_words(rng_state: Tensor, batch_heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Key, row word and column word of each (batch, head)."""
+    """Row key, column key and mix key of each (batch, head)."""
     seed, offset = rng_state.unbind()
     counter = (offset & MASK, (offset >> 32) & MASK, batch_heads.to(seed) & MASK, torch.zeros_like(seed))
     return philox_4x32(counter, (seed & MASK, (seed >> 32) & MASK))[:3]
@@ -72,13 +75,12 @@ def philox_4x32(
     return c0, c1, c2, c3
 
 
-def philox_2x32(high: Tensor, low: Tensor, key: Tensor, rounds: int = 7) -> tuple[Tensor, Tensor]:
-    """Philox 2x32 of broadcastable 32-bit words."""
-    for _ in range(rounds):
-        product_high, product_low = multiply(high, MULTIPLIER_2X32)
-        high, low = product_high ^ key ^ low, product_low
-        key = (key + WEYL[0]) & MASK
-    return high, low
+def patch_hash(rows: Tensor, cols: Tensor, row_key: Tensor, col_key: Tensor, mix_key: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) hashed 32-bit words of broadcastable patch numbers."""
+    x = ((multiply(rows, ROW_STEP)[1] + row_key) & MASK) ^ ((multiply(cols, COL_STEP)[1] + col_key) & MASK)
+    x = multiply(x, MIX)[1]
+    x = x ^ (x >> 15) ^ mix_key
+    return multiply(x, FINISH_HIGH)[1], multiply(x, FINISH_LOW)[1]
 
 
 def multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:

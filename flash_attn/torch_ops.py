@@ -424,9 +424,9 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    gradients = [_or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)]
+    dq, dk, dv = _or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)
     if zero_tensors:
-        for gradient in gradients:
+        for gradient in (dq, dk, dv):
             gradient.zero_()
     delta = backward(
         dout,
@@ -435,7 +435,9 @@ def _flash_attn_varlen_backward(
         v,
         out,
         softmax_lse,
-        *gradients,
+        dq,
+        dk,
+        dv,
         dropout_p,
         softmax_scale,
         causal,

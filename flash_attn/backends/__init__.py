@@ -69,7 +69,7 @@ def select_backend(problem: AttentionProblem, hardware: Hardware) -> Backend:
 @functools.lru_cache(maxsize=4096)
 def _select(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
     names = [_checked(requested)] if requested else list(MODULES)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in names:
         backend = load(name)
         reason = backend.unsupported(problem, hardware)

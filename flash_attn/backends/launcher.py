@@ -5,6 +5,7 @@ directly with raw pointers, the way that dispatch would: everything it derives f
 alignment, is fixed by the plan that owns the launcher.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ ALIGNMENT = 16  # bytes; Triton compiles separately for pointers that are multip
 class Launcher:
     """A kernel bound to everything but its tensors.
 
-    `build(addresses, tensors)` returns the kernel's positional arguments, where `addresses` holds either the tensors
-    themselves or their raw pointers, in the order in which they are passed to `__call__`.
+    `build(addresses, tensors)` returns the kernel's positional arguments as plain tuples and numbers, where `addresses` holds
+    the tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
+    NamedTuple of each leading argument, which Triton's dispatch needs and a compiled kernel does not; None for the others.
     """
 
     def __init__(
@@ -27,22 +29,23 @@ class Launcher:
         kernel: Any,
         num_programs: int,
         build: Callable[[Sequence[Any], Sequence[Tensor | None]], tuple[Any, ...]],
+        kinds: Sequence[Any],
         constants: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
         self.kernel = kernel
         self.num_programs = num_programs
         self.build = build
+        self.kinds = kinds
         self.constants = constants
         self.constant_values = tuple(constants.values())
         self.options = options
-        self.compiled: Any = None
+        self.launch_compiled: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the tensors' device."""
         if self.num_programs == 0:
             return
-        compiled = self.compiled
         addresses: list[int | None] = []
         misaligned = 0
         for tensor in tensors:
@@ -52,16 +55,16 @@ class Launcher:
                 address = tensor.data_ptr()
                 misaligned |= address
                 addresses.append(address)
-        if compiled is None or misaligned % ALIGNMENT or _observed():
+        if self.launch_compiled is None or misaligned % ALIGNMENT or _profiled():
             self._dispatch(tensors, aligned=misaligned % ALIGNMENT == 0)
             return
-        compiled.run(
+        self.launch_compiled(
             self.num_programs,
             1,
             1,
             self.stream(),
-            compiled.function,
-            compiled.packed_metadata,
+            self.function,
+            self.metadata,
             None,
             None,
             None,
@@ -71,22 +74,28 @@ class Launcher:
 
     def _dispatch(self, tensors: Sequence[Tensor | None], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
-        arguments = self.build(tensors, tensors)
+        arguments = list(self.build(tensors, tensors))
+        for index, kind in enumerate(self.kinds):
+            if kind is not None and arguments[index] is not None:
+                arguments[index] = kind(*arguments[index])
         compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants, **self.options)
         device = next(tensor.device for tensor in tensors if tensor is not None)
         stream = hardware.raw_stream_getter(device)
-        if aligned and stream is not None and hasattr(compiled, "packed_metadata"):
+        if aligned and stream is not None:
             self.stream = stream
-            self.compiled = compiled
+            self.function = compiled.function
+            self.metadata = compiled.packed_metadata
+            self.launch_compiled = compiled.run
 
 
-def _observed() -> bool:
-    """Whether a profiler has hooked Triton's launches."""
-    hooks = _runtime_knobs()
-    return hooks.launch_enter_hook is not None or hooks.launch_exit_hook is not None
-
-
+@functools.cache
 def _runtime_knobs() -> Any:
     import triton
 
     return triton.knobs.runtime
+
+
+def _profiled() -> bool:
+    """Whether a profiler has hooked Triton's launches."""
+    knobs = _runtime_knobs()
+    return bool(knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls)

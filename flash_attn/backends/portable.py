@@ -7,24 +7,24 @@ the operands' `memo`, and reused.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flash_attn import random_bits
 from flash_attn.backends.base import ForwardResult, Gradients, Operands
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
-from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad
+from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, worth_descriptors
 from flash_attn.problem import AttentionProblem
 
 name = "portable"
 
 SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
-DROPOUT_LEVELS = 65536  # 16 random bits decide about a weight
 
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -88,7 +88,7 @@ def backward(
     """Two launches: row statistics and dq per query block, then dk and dv per key block."""
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
-    delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
+    delta, lse_log2 = softmax_lse.new_empty((2, *softmax_lse.shape))
     memo = {} if operands.memo is None else operands.memo
     bound = memo.get("backward")
     if bound is None:
@@ -108,82 +108,97 @@ def backward(
 
 def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
     """The forward launch for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.forward import attn_fwd_kernel
 
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
-    config = forward_config(problem, hardware)
-    tma = config.tma and _tma_allowed(problem, hardware, k, v)
-    fixed = _Fixed(operands)
+    tma = _descriptors_fit(problem, hardware, k, v)
+    config = forward_config(problem, hardware, tma)
+    tma = tma and config.tma
+    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
     q_strides, k_strides, v_strides, out_strides = (_strides(x) for x in (q, k, v, out))
     lse_strides = _statistic_strides(softmax_lse)
     pages = _page_numbers(operands)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            fixed.tensor(p[0], *q_strides),
-            fixed.tensor(p[1], *k_strides),
-            fixed.tensor(p[2], *v_strides),
-            fixed.tensor(p[3], *out_strides),
-            fixed.tensor(p[4], *lse_strides),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
+            (p[3], *out_strides),
+            (p[4], *lse_strides),
             _descriptor(t[1], config.block_n) if tma else None,
             _descriptor(t[2], config.block_n) if tma else None,
-            fixed.sequences(p[5], p[6], p[7], p[8]),
-            fixed.pages(p[11], *pages),
-            fixed.score(p[9]),
-            fixed.dropout(p[10]),
-            *fixed.lengths,
+            (p[5], p[6], p[7], p[8]),
+            (p[11], *pages),
+            (scale, softcap, p[9], *score_rest),
+            (p[10], *dropout),
+            *lengths,
         )
 
-    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * fixed.batch_size * q.shape[-2]
-    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
+    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
+    kinds = (
+        *[arguments.Tensor] * 5,
+        None,
+        None,
+        arguments.Sequences,
+        arguments.Pages,
+        arguments.Score,
+        arguments.Dropout,
+    )
+    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
 
 
 def bind_dq(
     problem: AttentionProblem, operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor
 ) -> Launcher:
     """The launch that writes delta, lse_log2 and dq, for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.backward import attn_bwd_dq_kernel
 
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
-    config = dq_config(problem, hardware)
-    tma = config.tma and _tma_allowed(problem, hardware, k, v)
-    fixed = _Fixed(operands)
+    tma = _descriptors_fit(problem, hardware, k, v)
+    config = dq_config(problem, hardware, tma)
+    tma = tma and config.tma
+    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
     strides = [_strides(x) for x in (q, k, v, out, dout, dq)] + [_statistic_strides(softmax_lse)] * 3
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *(fixed.tensor(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)),
+            *((pointer, *stride) for pointer, stride in zip(p, strides, strict=False)),
             _descriptor(t[1], config.block_n) if tma else None,
             _descriptor(t[2], config.block_n) if tma else None,
-            fixed.sequences(p[9], p[10], p[11], p[12]),
-            fixed.score(p[13]),
-            fixed.dropout(p[14]),
-            *fixed.lengths,
+            (p[9], p[10], p[11], p[12]),
+            (scale, softcap, p[13], *score_rest),
+            (p[14], *dropout),
+            *lengths,
         )
 
-    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * fixed.batch_size * q.shape[-2]
-    return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
+    num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
+    kinds = (*[arguments.Tensor] * 9, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+    return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
 
 
 def bind_dkdv(
     problem: AttentionProblem, operands: Operands, dout: Tensor, softmax_lse: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Launcher, ...]:
     """The launch that writes dk and dv, or the two that write one each, for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.backward import attn_bwd_dkdv_kernel
 
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
-    tma_allowed = _tma_allowed(problem, hardware, q, dout)
-    fixed = _Fixed(operands)
+    fit = _descriptors_fit(problem, hardware, q, dout)
+    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
     strides = [_strides(x) for x in (q, k, v, dout, dk, dv)] + [_statistic_strides(softmax_lse)] * 2
 
     def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
-        tma = config.tma and tma_allowed
+        tma = fit and config.tma
 
         def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
-            tensors = [fixed.tensor(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)]
+            tensors = [(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)]
             return (
                 *tensors[:4],
                 tensors[4] if with_dk else None,
@@ -191,16 +206,17 @@ def bind_dkdv(
                 *tensors[6:],
                 _descriptor(t[0], config.block_m) if tma else None,
                 _descriptor(t[3], config.block_m) if tma else None,
-                fixed.sequences(p[8], p[9], p[10], p[11]),
-                fixed.score(p[12]),
-                fixed.dropout(p[13]),
-                *fixed.lengths,
+                (p[8], p[9], p[10], p[11]),
+                (scale, softcap, p[12], *score_rest),
+                (p[13], *dropout),
+                *lengths,
             )
 
-        num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * fixed.batch_size * k.shape[-2]
-        return Launcher(attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, *_tile(problem, config))
+        num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * batch_size * k.shape[-2]
+        kinds = (*[arguments.Tensor] * 8, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+        return Launcher(attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, kinds, *_tile(problem, config))
 
-    configs = dkdv_config(problem, hardware)
+    configs = dkdv_config(problem, hardware, fit)
     if isinstance(configs, BackwardConfig):
         return (launcher(configs, True, True),)
     dk_config, dv_config = configs
@@ -209,51 +225,74 @@ def bind_dkdv(
 
 def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     """S_dmask: exp(score - row maximum), negative where dropped; (batch, nheads, round128(seqlen_q), round128(seqlen_k))."""
+    from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.scores import attn_scores_kernel
 
     q, k = operands.q, operands.k
-    fixed = _Fixed(operands)
+    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
     padded = [math.ceil(length / 128) * 128 for length in (operands.max_seqlen_q, operands.max_seqlen_k)]
-    scores = q.new_zeros(fixed.batch_size, q.shape[-2], *padded)
+    scores = q.new_zeros(batch_size, q.shape[-2], *padded)
     block = 16 if q.device.type == "cpu" else 64
     q_strides, k_strides, score_strides, pages = _strides(q), _strides(k), scores.stride()[:3], _page_numbers(operands)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            fixed.tensor(p[0], *q_strides),
-            fixed.tensor(p[1], *k_strides),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
             p[2],
             *score_strides,
-            fixed.sequences(p[3], p[4], p[5], p[6]),
-            fixed.pages(p[9], *pages),
-            fixed.score(p[7]),
-            fixed.dropout(p[8]),
-            *fixed.lengths,
+            (p[3], p[4], p[5], p[6]),
+            (p[9], *pages),
+            (scale, softcap, p[7], *score_rest),
+            (p[8], *dropout),
+            *lengths,
         )
 
-    num_programs = math.ceil(operands.max_seqlen_q / block) * fixed.batch_size * q.shape[-2]
+    num_programs = math.ceil(operands.max_seqlen_q / block) * batch_size * q.shape[-2]
     config = ForwardConfig(block, block, 4, 1)
-    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, *_tile(problem, config))
+    kinds = (
+        arguments.Tensor,
+        arguments.Tensor,
+        *[None] * 4,
+        arguments.Sequences,
+        arguments.Pages,
+        arguments.Score,
+        arguments.Dropout,
+    )
+    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
     launch(q, k, scores, *_optional_tensors(operands), operands.block_table)
     return scores
 
 
-class _Fixed:
-    """The kernel arguments that stay the same from call to call, and makers for those that carry a pointer."""
+class _Fixed(NamedTuple):
+    """The kernel arguments that stay the same from call to call, without the pointers that some of them lead with."""
 
-    def __init__(self, operands: Operands) -> None:
-        from flash_attn.kernels.algebra import arguments
+    batch_size: int
+    scale: float  # Score's fields: scale, softcap, (slopes), ...
+    softcap: float | None
+    score_rest: tuple[Any, ...]  # slope stride, exact, negative
+    dropout: tuple[Any, ...]  # Dropout's fields after the pointer
+    lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 
-        q, k = operands.q, operands.k
-        self.tensor = arguments.Tensor
-        self.sequences = arguments.Sequences
-        self.pages = arguments.Pages
-        self.batch_size = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
-        nheads, slopes = q.shape[-2], operands.alibi_slopes
-        total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
-        if operands.block_table is not None:
-            total_k = operands.block_table.shape[1] * k.shape[1]
-        self.lengths = (
+
+def _fixed(operands: Operands) -> _Fixed:
+    q, k, slopes = operands.q, operands.k, operands.alibi_slopes
+    nheads = q.shape[-2]
+    total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
+    if operands.block_table is not None:
+        total_k = operands.block_table.shape[1] * k.shape[1]
+    dropout_p = operands.dropout_p
+    return _Fixed(
+        batch_size=q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1,
+        scale=max(abs(operands.softmax_scale), SMALLEST_SCALE),
+        softcap=operands.softcap if operands.softcap > 0.0 else None,
+        score_rest=(
+            None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
+            1 if q.dtype == torch.float32 else None,
+            1 if operands.softmax_scale < 0.0 else None,
+        ),
+        dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
+        lengths=(
             operands.max_seqlen_q,
             operands.max_seqlen_k,
             q.shape[0] if q.dim() == 3 else q.shape[1],
@@ -261,18 +300,8 @@ class _Fixed:
             *operands.window,
             nheads,
             nheads // k.shape[-2],
-        )
-        scale = max(abs(operands.softmax_scale), SMALLEST_SCALE)
-        softcap = operands.softcap if operands.softcap > 0.0 else None
-        slope_stride = None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0)
-        negative = 1 if operands.softmax_scale < 0.0 else None
-        keep_below = round((1.0 - operands.dropout_p) * DROPOUT_LEVELS)
-        rescale = 1.0 / (1.0 - operands.dropout_p)
-        no_dropout = arguments.Dropout()
-        self.score = lambda slopes: arguments.Score(scale, softcap, slopes, slope_stride, negative)
-        self.dropout = lambda rng_state: (
-            no_dropout if rng_state is None else arguments.Dropout(rng_state, keep_below, rescale)
-        )
+        ),
+    )
 
 
 def _optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
@@ -320,11 +349,9 @@ def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> 
     return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _tma_allowed(problem: AttentionProblem, hardware: Hardware, *looped: Tensor) -> bool:
-    """Whether tensor descriptors can read these operands: dense, on Hopper or newer, 16-byte aligned."""
-    if problem.layout != "dense" or hardware.kind != "cuda" or int(hardware.arch.removeprefix("sm_")) < 90:
-        return False
-    return all(x.numel() > 0 and _aligned(x) for x in looped)
+def _descriptors_fit(problem: AttentionProblem, hardware: Hardware, *looped: Tensor) -> bool:
+    """Whether tensor descriptors pay for the problem and can read these operands: 16-byte aligned, no repeated rows."""
+    return worth_descriptors(problem, hardware) and all(x.numel() > 0 and _aligned(x) for x in looped)
 
 
 def _aligned(x: Tensor) -> bool:

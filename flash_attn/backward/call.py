@@ -40,18 +40,8 @@ def make_words(
 ) -> Words:
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
-    window = window_size if _plain_window(window_size) else parse_window(window_size)
+    window = parse_window(window_size)
     return Words(dropout_p, softmax_scale, causal, window, softcap, deterministic, max_seqlen_q, max_seqlen_k)
-
-
-def _plain_window(window_size: Sequence[int]) -> bool:
-    """Two Python ints of at least -1, which need no parsing."""
-    return (
-        type(window_size) is tuple
-        and len(window_size) == 2
-        and type(window_size[0]) is int
-        and type(window_size[1]) is int
-    )
 
 
 def _observed(x: Tensor) -> bool:

@@ -19,67 +19,98 @@ class BackwardConfig(NamedTuple):
     tma: bool = False  # load the looped tiles through tensor descriptors where strides allow
 
 
-def dq_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:
-    """The configuration of the dq kernel."""
-    return pinned_config("dq") or _choose(problem, hardware)[0]
+DkdvConfig = BackwardConfig | tuple[BackwardConfig, BackwardConfig]
 
 
-def dkdv_config(
-    problem: AttentionProblem, hardware: Hardware
-) -> BackwardConfig | tuple[BackwardConfig, BackwardConfig]:
+def dq_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> BackwardConfig:
+    """The configuration of the dq kernel; `tma` says whether tensor descriptors can read its keys and values."""
+    return pinned_config("dq") or _choose(problem, hardware, tma)[0]
+
+
+def dkdv_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> DkdvConfig:
     """The configuration of the dkdv kernel; two where dk and dv have launches of their own.
 
     At head dim 256 the two accumulators do not fit side by side: computing S twice costs less than spilling them.
     """
-    return pinned_config("dkdv") or _choose(problem, hardware)[1]
+    return pinned_config("dkdv") or _choose(problem, hardware, tma)[1]
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: AttentionProblem, hardware: Hardware) -> tuple[BackwardConfig, BackwardConfig]:
+def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> tuple[BackwardConfig, DkdvConfig]:
     pad = head_dim_pad(problem.headdim)
     if hardware.kind == "cpu":
-        return BackwardConfig(16, 16, 4, 1), BackwardConfig(16, 16, 4, 1)
+        return INTERPRETER
     if problem.dtype == "float32":
         return FP32[pad]
-    if hardware.kind == "cuda" and hardware.arch == "sm_90":
-        return HOPPER[pad][problem.causal]
     if hardware.kind == "hip":
-        return CDNA[pad]
-    return GENERIC[pad]
+        return AMD[pad]
+    if hardware.arch == "sm_90":
+        return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
+    return NVIDIA[pad]
 
 
-FP32 = {
+INTERPRETER = (BackwardConfig(16, 16, 4, 1), BackwardConfig(16, 16, 4, 1))
+
+# (not causal, causal), each (dq, dkdv); H200, bf16, 16k tokens, hidden 2048, 2026-11-22, benchmarks/tune.py
+_small = (BackwardConfig(128, 64, 4, 2), BackwardConfig(64, 128, 4, 2))
+HOPPER_TMA: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
+    16: (_small, _small),
+    32: (_small, _small),
+    64: (
+        (BackwardConfig(128, 64, 4, 3, tma=True), BackwardConfig(32, 128, 4, 3, tma=True)),
+        (BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(32, 128, 4, 2, tma=True)),
+    ),
+    128: (
+        (BackwardConfig(128, 64, 8, 3, tma=True), BackwardConfig(64, 64, 4, 2, tma=True)),
+        (BackwardConfig(128, 64, 8, 3, tma=True), BackwardConfig(64, 64, 4, 2, tma=True)),
+    ),
+    256: (
+        (
+            BackwardConfig(64, 32, 4, 3, tma=True),
+            (BackwardConfig(32, 128, 8, 2), BackwardConfig(64, 128, 8, 2, tma=True)),
+        ),
+        (
+            BackwardConfig(64, 32, 4, 3, tma=True),
+            (BackwardConfig(32, 128, 8, 2, tma=True), BackwardConfig(64, 128, 8, 2, tma=True)),
+        ),
+    ),
+}
+HOPPER: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
+    16: (_small, _small),
+    32: (_small, _small),
+    64: (
+        (BackwardConfig(128, 64, 4, 3), BackwardConfig(32, 128, 4, 3)),
+        (BackwardConfig(64, 64, 4, 3), BackwardConfig(64, 64, 4, 1)),
+    ),
+    128: (
+        (BackwardConfig(128, 64, 8, 3), BackwardConfig(32, 64, 4, 3)),
+        (BackwardConfig(128, 64, 8, 3), BackwardConfig(32, 64, 4, 2)),
+    ),
+    256: (
+        (BackwardConfig(64, 32, 4, 3), (BackwardConfig(32, 128, 8, 2), BackwardConfig(32, 128, 8, 3))),
+        (BackwardConfig(64, 32, 4, 3), (BackwardConfig(32, 128, 8, 2), BackwardConfig(64, 128, 8, 2))),
+    ),
+}
+
+# unmeasured hardware: chosen to compile without spills into the smallest shared memory of the family
+NVIDIA: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
+    16: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
+    32: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
+    64: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
+    128: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
+    256: (BackwardConfig(32, 32, 4, 1), (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1))),
+}
+AMD: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
+    16: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
+    32: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
+    64: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
+    128: (BackwardConfig(64, 32, 4, 1), BackwardConfig(32, 64, 4, 1)),
+    256: (BackwardConfig(32, 32, 4, 1), (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1))),
+}
+FP32: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     16: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
     32: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
     64: (BackwardConfig(32, 32, 4, 2), BackwardConfig(32, 32, 4, 2)),
     128: (BackwardConfig(32, 32, 8, 1), BackwardConfig(32, 32, 8, 1)),
     256: (BackwardConfig(16, 32, 8, 1), BackwardConfig(16, 32, 8, 1)),
-}
-
-_hopper_64 = (BackwardConfig(128, 64, 4, 3), BackwardConfig(64, 128, 8, 2))
-_hopper_128 = (BackwardConfig(128, 64, 8, 3, tma=True), BackwardConfig(64, 128, 8, 2, tma=True))
-_hopper_256 = (BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(32, 64, 4, 2, tma=True))
-_hopper_32 = (BackwardConfig(128, 64, 4, 2), BackwardConfig(64, 128, 4, 2))
-HOPPER = {
-    16: (_hopper_32, _hopper_32),
-    32: (_hopper_32, _hopper_32),
-    64: (_hopper_64, _hopper_64),
-    128: (_hopper_128, _hopper_128),
-    256: (_hopper_256, _hopper_256),
-}
-
-GENERIC = {
-    16: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
-    32: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
-    64: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
-    128: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
-    256: (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1)),
-}
-
-CDNA = {
-    16: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
-    32: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
-    64: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
-    128: (BackwardConfig(64, 32, 4, 1), BackwardConfig(32, 64, 4, 1)),
-    256: (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1)),
 }

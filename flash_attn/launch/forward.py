@@ -23,53 +23,72 @@ def head_dim_pad(headdim: int) -> int:
     return max(16, 1 << (headdim - 1).bit_length())
 
 
-def forward_config(problem: AttentionProblem, hardware: Hardware) -> ForwardConfig:
-    """The configuration for one problem."""
-    return pinned_config("forward") or _choose(problem, hardware)
+def forward_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> ForwardConfig:
+    """The configuration for one problem; `tma` says whether tensor descriptors can read its keys and values."""
+    return pinned_config("forward") or _choose(problem, hardware, tma)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: AttentionProblem, hardware: Hardware) -> ForwardConfig:
+def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> ForwardConfig:
     pad = head_dim_pad(problem.headdim)
     if hardware.kind == "cpu":
-        return ForwardConfig(16, 16, 4, 1)
+        return INTERPRETER
     if problem.dtype == "float32":
         return FP32[pad]
-    if hardware.kind == "cuda" and hardware.arch == "sm_90":
-        return HOPPER[pad][problem.causal]
     if hardware.kind == "hip":
-        return CDNA[pad]
-    return GENERIC[pad]
+        return AMD[pad]
+    if hardware.arch == "sm_90":
+        return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
+    return NVIDIA[pad]
 
 
-FP32 = {
-    16: ForwardConfig(64, 64, 4, 2),
-    32: ForwardConfig(64, 64, 4, 2),
-    64: ForwardConfig(64, 32, 4, 2),
-    128: ForwardConfig(32, 32, 4, 2),
-    256: ForwardConfig(32, 32, 8, 1),
+def worth_descriptors(problem: AttentionProblem, hardware: Hardware) -> bool:
+    """Whether tensor descriptors can pay: Hopper or newer, and long enough that their 10 us of host time disappear."""
+    if hardware.kind != "cuda" or int(hardware.arch.removeprefix("sm_")) < 90 or problem.layout != "dense":
+        return False
+    work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
+    return work >= DESCRIPTOR_WORK
+
+
+DESCRIPTOR_WORK = 1 << 33  # 34 GFLOP forward, about 80 us on an H200
+
+INTERPRETER = ForwardConfig(16, 16, 4, 1)
+
+# (not causal, causal); H200, bf16, 16k tokens, hidden 2048, 2026-11-22, benchmarks/tune.py
+HOPPER_TMA = {
+    16: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),
+    32: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),
+    64: (ForwardConfig(64, 128, 4, 2, tma=True), ForwardConfig(64, 128, 4, 2, tma=True)),
+    128: (ForwardConfig(128, 64, 4, 2, tma=True), ForwardConfig(64, 64, 4, 3, tma=True)),
+    256: (ForwardConfig(128, 64, 8, 2), ForwardConfig(128, 64, 8, 2)),
 }
-
 HOPPER = {
     16: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),
     32: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),
-    64: (ForwardConfig(128, 128, 8, 2), ForwardConfig(128, 128, 8, 2)),
-    128: (ForwardConfig(128, 128, 8, 2, tma=True), ForwardConfig(128, 128, 8, 2, tma=True)),
-    256: (ForwardConfig(128, 64, 8, 2, tma=True), ForwardConfig(128, 64, 8, 2, tma=True)),
+    64: (ForwardConfig(128, 64, 8, 3), ForwardConfig(64, 64, 4, 3)),
+    128: (ForwardConfig(64, 64, 4, 3), ForwardConfig(64, 64, 4, 3)),
+    256: (ForwardConfig(128, 64, 8, 2), ForwardConfig(128, 64, 8, 2)),
 }
 
-GENERIC = {
+# unmeasured hardware: chosen to compile without spills into the smallest shared memory of the family
+NVIDIA = {
     16: ForwardConfig(128, 64, 4, 2),
     32: ForwardConfig(128, 64, 4, 2),
     64: ForwardConfig(128, 64, 4, 2),
     128: ForwardConfig(128, 32, 4, 2),
     256: ForwardConfig(64, 32, 4, 1),
 }
-
-CDNA = {
+AMD = {
     16: ForwardConfig(128, 64, 4, 1),
     32: ForwardConfig(128, 64, 4, 1),
     64: ForwardConfig(128, 64, 4, 1),
     128: ForwardConfig(128, 64, 4, 1),
     256: ForwardConfig(64, 32, 4, 1),
+}
+FP32 = {
+    16: ForwardConfig(64, 64, 4, 2),
+    32: ForwardConfig(64, 64, 4, 2),
+    64: ForwardConfig(64, 32, 4, 2),
+    128: ForwardConfig(32, 32, 4, 2),
+    256: ForwardConfig(32, 32, 8, 1),
 }

@@ -45,6 +45,7 @@ class Score(NamedTuple):
     softcap: Any = None
     alibi_slopes: Any = None  # (batch or 1, nheads) fp32
     stride_alibi_b: Any = None
+    exact: Any = None  # 1 for fp32 operands, whose softcap needs more than half precision
     negative: Any = None  # 1 when the caller's softmax_scale is below zero
 
 

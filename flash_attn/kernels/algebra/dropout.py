@@ -11,22 +11,23 @@ import triton.language as tl
 
 ROW_STEP = tl.constexpr(0x9E3779B1)
 COL_STEP = tl.constexpr(0x85EBCA77)
-FIRST_MULTIPLIER = tl.constexpr(0x7FEB352D)
-SECOND_MULTIPLIER = tl.constexpr(0x846CA68B)
+MIX = tl.constexpr(0x7FEB352D)
+FINISH_LOW = tl.constexpr(0x846CA68B)
+FINISH_HIGH = tl.constexpr(0xD35A2D97)
 
 
 @triton.jit
 def load_key(dropout, batch_head):
-    """Four 32-bit words for one (batch, head); zeros without dropout."""
-    a, b, c, d = 0, 0, 0, 0
+    """Three 32-bit words for one (batch, head); zeros without dropout."""
+    row_key, col_key, mix_key = 0, 0, 0
     if dropout.rng_state is not None:
         seed = tl.load(dropout.rng_state)
         offset = tl.load(dropout.rng_state + 1)
         low = (offset & 0xFFFFFFFF).to(tl.uint32)
         high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        head_word = batch_head.to(tl.uint32)
-        a, b, c, d = tl.philox(seed, low, high, head_word, head_word * 0)
-    return a, b, c, d
+        head_word = tl.cast(batch_head, tl.uint32)
+        row_key, col_key, mix_key, _unused = tl.philox(seed, low, high, head_word, head_word * 0)
+    return row_key, col_key, mix_key
 
 
 @triton.jit
@@ -37,13 +38,12 @@ def patch_index(positions):
 
 @triton.jit
 def patch_hash(rows, cols, key):
-    """64 hashed bits of each patch as (high, low) uint32; rows and cols broadcast to the tile."""
-    row_key, col_key, mix_key, last_key = key
+    """(high, low) hashed 32-bit words of each patch; rows and cols broadcast to the tile."""
+    row_key, col_key, mix_key = key
     x = (patch_index(rows) * ROW_STEP + row_key) ^ (patch_index(cols) * COL_STEP + col_key)
-    x = x * FIRST_MULTIPLIER
+    x = x * MIX
     x = x ^ (x >> 15) ^ mix_key
-    wide = x.to(tl.uint64) * SECOND_MULTIPLIER
-    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32) ^ last_key
+    return x * FINISH_HIGH, x * FINISH_LOW
 
 
 @triton.jit
@@ -52,7 +52,8 @@ def keep_mask(dropout, key, rows, cols):
     high, low = patch_hash(rows, cols, key)
     word = tl.where((rows & 8) != 0, high, low)
     bits = tl.where((cols & 8) != 0, word, word << 16)
-    return bits < dropout.keep_below
+    last_kept = (tl.cast(dropout.keep_below, tl.uint32) << 16) - 1
+    return bits <= last_kept
 
 
 @triton.jit

@@ -109,6 +109,7 @@ def attn_fwd_kernel(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
-    store_rows(out, sequence_base(out, batch, head, span.start_q), acc * (inverse_sum * kept_scale(dropout))[:, None], m_block * BLOCK_M,
-               span.seqlen_q, BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
+    acc *= (inverse_sum * kept_scale(dropout))[:, None]
+    store_rows(out, sequence_base(out, batch, head, span.start_q), acc, m_block * BLOCK_M, span.seqlen_q,
+               BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
     tl.store(row_base(softmax_lse, batch, head, span.start_q) + rows, lse, mask=rows < span.seqlen_q)
