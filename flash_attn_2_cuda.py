@@ -46,7 +46,7 @@ def fwd(
         return_softmax,
         generator=gen_,
     )
-    return _filled(out_, torch_ops.four_tensors(*results))
+    return _filled(out_, torch_ops.four_tensors(*results[:4]))
 
 
 def varlen_fwd(
@@ -97,7 +97,7 @@ def varlen_fwd(
         zero_tensors=zero_tensors,
         generator=gen_,
     )
-    return _filled(out_, torch_ops.four_tensors(*results))
+    return _filled(out_, torch_ops.four_tensors(*results[:4]))
 
 
 def bwd(

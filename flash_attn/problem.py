@@ -82,8 +82,11 @@ def parse_window(window_size: Sequence[int]) -> tuple[int, int]:
 def _window_side(side: str, value: int) -> int:
     if type(value) is int and value >= -1:
         return value
-    whole = int(value)
-    if whole != value or whole < -1:
+    try:
+        whole = int(value)
+    except (ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value or whole < -1:
         raise InvalidArgument(f"window_size {side} must be a whole number of keys, or -1 for unbounded, got {value!r}")
     return whole
 

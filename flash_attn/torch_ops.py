@@ -36,7 +36,7 @@ def contiguous_last(x: Tensor) -> Tensor:
 class Plan:
     """Everything about a call that its tensors' contents and addresses do not change: checks passed, backend chosen."""
 
-    __slots__ = ("backend", "memo", "problem", "seqlen_k", "seqlen_q")
+    __slots__ = ("backend", "backward_plans", "memo", "problem", "seqlen_k", "seqlen_q")
 
     def __init__(self, problem: AttentionProblem, seqlen_q: int, seqlen_k: int, device: torch.device) -> None:
         self.problem = problem
@@ -44,6 +44,7 @@ class Plan:
         self.seqlen_k = seqlen_k
         self.backend = select_backend(problem, hardware.of(device))
         self.memo: dict[str, Any] = {}
+        self.backward_plans: dict[Any, Plan] = {}  # of a forward plan, by what only its backward knows
 
 
 _plans: dict[Any, Plan] = {}
@@ -93,8 +94,8 @@ def forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out, softmax_lse, S_dmask, rng_state); the last two are None without dropout."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Plan]:
+    """(out, softmax_lse, S_dmask, rng_state, plan); S_dmask and rng_state are None without dropout."""
     q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
@@ -123,7 +124,7 @@ def forward(
         plan.memo,
     )
     out, softmax_lse, scores = plan.backend.forward(plan.problem, operands, return_softmax and dropout_p > 0.0)
-    return out, softmax_lse, scores, rng_state
+    return out, softmax_lse, scores, rng_state, plan
 
 
 def backward(
@@ -151,34 +152,47 @@ def backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
+    forward_plan: Plan | None = None,
 ) -> Tensor:
-    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
-    dout, q, k, v, out = (contiguous_last(x) for x in (dout, q, k, v, out))
+    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse.
+
+    `forward_plan` is the plan of the forward whose tensors autograd saved: it stands for their shapes, dtypes and options.
+    """
+    dout, q, k, v, out = map(contiguous_last, (dout, q, k, v, out))
     softmax_lse = softmax_lse.contiguous()
-    numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
 
-    def describe_call() -> tuple[AttentionProblem, int, int]:
-        description = describe(
-            q,
-            k,
-            v,
-            *numbers,
-            *optional,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            deterministic=deterministic,
-        )
-        check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
-        if dropout_p > 0.0:
-            check_rng_state(rng_state, q.device)
-        return description
+    def make_plan() -> Plan:
+        numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
 
-    plan = _plan(
-        (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional),
-        (*numbers, max_seqlen_q, max_seqlen_k, deterministic),
-        describe_call,
-    )
+        def describe_call() -> tuple[AttentionProblem, int, int]:
+            description = describe(
+                q,
+                k,
+                v,
+                *numbers,
+                *optional,
+                max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
+                deterministic=deterministic,
+            )
+            check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+            if dropout_p > 0.0:
+                check_rng_state(rng_state, q.device)
+            return description
+
+        return _plan(
+            (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional),
+            (*numbers, max_seqlen_q, max_seqlen_k, deterministic),
+            describe_call,
+        )
+
+    if forward_plan is None:
+        plan = make_plan()
+    else:
+        key = (deterministic, *_layouts(q, k, v, dout, out, dq, dk, dv))
+        known = forward_plan.backward_plans.get(key)
+        plan = forward_plan.backward_plans[key] = make_plan() if known is None else known
     operands = Operands(
         q,
         k,
@@ -194,6 +208,14 @@ def backward(
         memo=plan.memo,
     )
     return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
+
+
+def _layouts(*tensors: Tensor) -> tuple[Any, ...]:
+    """Strides and alignment: what saved-tensor hooks, dout and the gradients can change between two backward passes."""
+    addresses = 0
+    for x in tensors:
+        addresses |= x.data_ptr()
+    return (addresses % 16, requested_backend(), launch.pins(), *[x.stride() for x in tensors])
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
@@ -223,7 +245,7 @@ def _flash_attn_forward(
         alibi_slopes,
         return_softmax,
     )
-    return four_tensors(*results)
+    return four_tensors(*results[:4])
 
 
 @_flash_attn_forward.register_fake
@@ -293,7 +315,7 @@ def _flash_attn_varlen_forward(
         seqused_k=seqused_k,
         zero_tensors=zero_tensors,
     )
-    return four_tensors(*results)
+    return four_tensors(*results[:4])
 
 
 @_flash_attn_varlen_forward.register_fake

@@ -88,7 +88,7 @@ def backward(
     """Two launches: row statistics and dq per query block, then dk and dv per key block."""
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
-    delta, lse_log2 = softmax_lse.new_empty((2, *softmax_lse.shape))
+    delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
     memo = {} if operands.memo is None else operands.memo
     bound = memo.get("backward")
     if bound is None:
@@ -117,7 +117,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     config = forward_config(problem, hardware, tma)
     tma = tma and config.tma
     batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    q_strides, k_strides, v_strides, out_strides = (_strides(x) for x in (q, k, v, out))
+    q_strides, k_strides, v_strides, out_strides = map(_strides, (q, k, v, out))
     lse_strides = _statistic_strides(softmax_lse)
     pages = _page_numbers(operands)
 
@@ -163,11 +163,20 @@ def bind_dq(
     config = dq_config(problem, hardware, tma)
     tma = tma and config.tma
     batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    strides = [_strides(x) for x in (q, k, v, out, dout, dq)] + [_statistic_strides(softmax_lse)] * 3
+    q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(_strides, (q, k, v, out, dout, dq))
+    row_strides = _statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *stride) for pointer, stride in zip(p, strides, strict=False)),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
+            (p[3], *out_strides),
+            (p[4], *dout_strides),
+            (p[5], *dq_strides),
+            (p[6], *row_strides),
+            (p[7], *row_strides),
+            (p[8], *row_strides),
             _descriptor(t[1], config.block_n) if tma else None,
             _descriptor(t[2], config.block_n) if tma else None,
             (p[9], p[10], p[11], p[12]),
@@ -192,18 +201,22 @@ def bind_dkdv(
     hardware = hardware_of(q.device)
     fit = _descriptors_fit(problem, hardware, q, dout)
     batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    strides = [_strides(x) for x in (q, k, v, dout, dk, dv)] + [_statistic_strides(softmax_lse)] * 2
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = map(_strides, (q, k, v, dout, dk, dv))
+    row_strides = _statistic_strides(softmax_lse)
 
     def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
         tma = fit and config.tma
 
         def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
-            tensors = [(pointer, *stride) for pointer, stride in zip(p, strides, strict=False)]
             return (
-                *tensors[:4],
-                tensors[4] if with_dk else None,
-                tensors[5] if with_dv else None,
-                *tensors[6:],
+                (p[0], *q_strides),
+                (p[1], *k_strides),
+                (p[2], *v_strides),
+                (p[3], *dout_strides),
+                (p[4], *dk_strides) if with_dk else None,
+                (p[5], *dv_strides) if with_dv else None,
+                (p[6], *row_strides),
+                (p[7], *row_strides),
                 _descriptor(t[0], config.block_m) if tma else None,
                 _descriptor(t[3], config.block_m) if tma else None,
                 (p[8], p[9], p[10], p[11]),

@@ -39,9 +39,10 @@ class FlashAttnFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors
+        q, k, v = saved[:3]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        differentiate(ctx, dout, dq, dk, dv)
+        differentiate(ctx, saved, dout, dq, dk, dv)
         return dq, dk, dv, *(None,) * 9
 
 
@@ -71,9 +72,10 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors
+        q = saved[0]
         dqkv = q.new_empty((q.shape[0], q.shape[1], 3, q.shape[2], q.shape[3]))
-        differentiate(ctx, dout, *dqkv.unbind(2))
+        differentiate(ctx, saved, dout, *dqkv.unbind(2))
         return dqkv, *(None,) * 9
 
 
@@ -104,10 +106,11 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q, k = ctx.saved_tensors[:2]
+        saved = ctx.saved_tensors
+        q, k = saved[:2]
         dq = torch.empty_like(q)
         dkv = k.new_empty((k.shape[0], k.shape[1], 2, k.shape[2], k.shape[3]))
-        differentiate(ctx, dout, dq, *dkv.unbind(2))
+        differentiate(ctx, saved, dout, dq, *dkv.unbind(2))
         return dq, dkv, *(None,) * 9
 
 
@@ -153,9 +156,10 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q, k, v = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors
+        q, k, v = saved[:3]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        differentiate(ctx, dout, dq, dk, dv)
+        differentiate(ctx, saved, dout, dq, dk, dv)
         return dq, dk, dv, *(None,) * 14
 
 
@@ -189,9 +193,10 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors
+        q = saved[0]
         dqkv = q.new_empty((q.shape[0], 3, q.shape[1], q.shape[2]))
-        differentiate(ctx, dout, *dqkv.unbind(1))
+        differentiate(ctx, saved, dout, *dqkv.unbind(1))
         return dqkv, *(None,) * 11
 
 
@@ -236,10 +241,11 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        q, k = ctx.saved_tensors[:2]
+        saved = ctx.saved_tensors
+        q, k = saved[:2]
         dq = torch.empty_like(q)
         dkv = k.new_empty((k.shape[0], 2, k.shape[1], k.shape[2]))
-        differentiate(ctx, dout, dq, *dkv.unbind(1))
+        differentiate(ctx, saved, dout, dq, *dkv.unbind(1))
         return dq, dkv, *(None,) * 13
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from flash_attn import torch_ops
 from flash_attn.problem import parse_window
 
+# (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch_ops.Plan | None]
+
 
 class Words(NamedTuple):
     """The options of a call as upstream's functions name them, without tensors."""
@@ -70,8 +73,8 @@ def attend(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out, softmax_lse, S_dmask, rng_state)."""
+) -> Results:
+    """One forward."""
     left, right = words.window_size
     numbers = (
         words.dropout_p,
@@ -96,15 +99,14 @@ def attend(
             block_table=block_table,
         )
     if cu_seqlens_q is None:
-        return torch_ops._wrapped_flash_attn_forward(q, k, v, *numbers)
-    return torch_ops._wrapped_flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k, *numbers, block_table=block_table
-    )
+        return *torch_ops._wrapped_flash_attn_forward(q, k, v, *numbers), None
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    return *torch_ops._wrapped_flash_attn_varlen_forward(q, k, v, *lengths, *numbers, block_table=block_table), None
 
 
-def differentiate(ctx: Any, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes the gradients of the call that `ctx` saved."""
-    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = ctx.saved_tensors
+def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes the gradients of the call whose `save` kept these tensors."""
+    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     words: Words = ctx.words
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
@@ -120,6 +122,7 @@ def differentiate(ctx: Any, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) ->
             max_seqlen_q=words.max_seqlen_q,
             max_seqlen_k=words.max_seqlen_k,
             block_table=block_table,
+            forward_plan=ctx.plan,
         )
     elif cu_seqlens_q is None:
         torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
@@ -133,21 +136,22 @@ def save(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    results: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    results: Results,
     words: Words,
     alibi_slopes: Tensor | None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> None:
-    out, softmax_lse, _, rng_state = results
+    out, softmax_lse, _, rng_state, plan = results
     ctx.save_for_backward(q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     ctx.words = words
+    ctx.plan = plan
 
 
-def outputs(ctx: Any, results: tuple[Tensor, Tensor, Tensor | None, Tensor | None], return_softmax: bool) -> Any:
+def outputs(ctx: Any, results: Results, return_softmax: bool) -> Any:
     """out, or (out, softmax_lse, S_dmask) where the last two carry no gradient."""
-    out, softmax_lse, scores, _ = results
+    out, softmax_lse, scores, _, _ = results
     if not return_softmax:
         return out
     if scores is None:

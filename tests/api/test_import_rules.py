@@ -37,7 +37,16 @@ RULES = {
     "backends.base": Rule(("problem", "hardware")),
     "backends.launcher": Rule(("hardware",), ("torch", "triton")),
     "backends.portable": Rule(
-        ("backends.base", "backends.launcher", "problem", "hardware", "launch", "kernels.algebra", "kernels.portable"),
+        (
+            "backends.base",
+            "backends.launcher",
+            "problem",
+            "hardware",
+            "launch",
+            "random_bits",
+            "kernels.algebra",
+            "kernels.portable",
+        ),
         ("torch", "triton"),
     ),
     "backends.hopper": Rule(

@@ -159,6 +159,22 @@ def test_deterministic_changes_nothing(device, seed):
     calls.assert_equal(*(gradients(out, leaf, seed) for out in results))
 
 
+@everywhere
+def test_the_backward_runs_on_the_backend_asked_for(device, seed, monkeypatch):
+    """Autograd runs a CUDA backward in a thread of its own."""
+    used = []
+    for name in ("cpu", "portable", "reference"):
+        module = backends.load(name)
+        original = module.backward
+        monkeypatch.setattr(
+            module, "backward", lambda *x, name=name, original=original: used.append(name) or original(*x)
+        )
+    q = randn(1, 17, 2, 32, device=device, seed=seed, dtype=FP32).requires_grad_()
+    with backends.use("reference"):
+        flash_attn_func(q, q, q).sum().backward()
+    assert used == ["reference"]
+
+
 # ---- strides ----
 
 

@@ -1,21 +1,25 @@
 """Compiles real launches for a GPU that is not there, and reads what the compiler made of them.
 
-    with target("sm_90"):
-        report = compile_launch(kernel, arguments, constants, options)
+with compiling_for("sm_90", cache_dir) as launches:
+    kernel[grid](*arguments)
+assert launches[0].report.spill_bytes == 0
 """
 
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attn.hardware import Hardware
 
@@ -71,8 +75,18 @@ class Report:
     warnings: tuple[str, ...]  # ptxas C75xx: wgmma serialised and its like
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was compiled instead of run."""
+
+    kernel: str
+    compiled: Any
+    report: Report
+    descriptors: int  # tensor descriptors among its arguments
+
+
 class StubDriver(DriverBase):
-    """Answers what Triton asks of a driver before it launches. A target is its own device, so that each has its binaries."""
+    """Answers what Triton asks of a driver before it launches. It is its own device: none shares binaries with another."""
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__()
@@ -94,8 +108,8 @@ class StubDriver(DriverBase):
     def get_benchmarker(self) -> Any:
         raise NotImplementedError("nothing runs on a stub driver")
 
-    def get_current_device(self) -> GPUTarget:
-        return self.target
+    def get_current_device(self) -> "StubDriver":
+        return self
 
     def set_current_device(self, device: Any) -> None: ...
 
@@ -104,30 +118,41 @@ class StubDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def target(architecture: str, cache_dir: str) -> Iterator[Architecture]:
-    """Inside, Triton compiles for the architecture, afresh, keeping its files under cache_dir."""
-    chosen = ARCHITECTURES[architecture]
+def compiling_for(architecture: str, cache_dir: str) -> Iterator[list[Launch]]:
+    """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture, afresh, and recorded, not run."""
+    stub = StubDriver(ARCHITECTURES[architecture].target)
+    launches: list[Launch] = []
+    kernels: set[JITFunction] = set()
+    original = JITFunction.run
+
+    def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.add(kernel)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = original(kernel, *arguments, grid=grid, warmup=True, **options)
+        known = next((launch.report for launch in launches if launch.compiled is compiled), None)
+        report = known or _report(compiled, log.getvalue())
+        descriptors = sum(isinstance(argument, TensorDescriptor) for argument in arguments)
+        launches.append(Launch(kernel.__name__, compiled, report, descriptors))
+        return compiled
+
     previous = driver._active
-    driver.set_active(StubDriver(chosen.target))
+    driver.set_active(stub)
     try:
         with knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope():
             knobs.cache.dir = cache_dir
             knobs.compilation.always_compile = True
             knobs.nvidia.dump_ptxas_log = True
-            yield chosen
+            with mock.patch.object(JITFunction, "run", record):
+                yield launches
     finally:
         driver._active = previous
+        for kernel in kernels:
+            kernel.device_caches.pop(stub, None)
 
 
-def compile_launch(
-    kernel: Any, arguments: Sequence[Any], constants: dict[str, Any], options: dict[str, Any]
-) -> tuple[Any, Report]:
-    """(the compiled kernel, its report); must be called inside `target`."""
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        compiled = kernel.warmup(*arguments, **constants, **options, grid=(1,))
-    read = _cuda_report if "ptx" in compiled.asm else _hip_report
-    return compiled, read(compiled, log.getvalue())
+def _report(compiled: Any, log: str) -> Report:
+    return _cuda_report(compiled, log) if "ptx" in compiled.asm else _hip_report(compiled)
 
 
 def _cuda_report(compiled: Any, log: str) -> Report:
@@ -146,7 +171,7 @@ def _cuda_report(compiled: Any, log: str) -> Report:
     )
 
 
-def _hip_report(compiled: Any, log: str) -> Report:
+def _hip_report(compiled: Any) -> Report:
     assembly = compiled.asm["amdgcn"]
     # spilled registers are 4 bytes per lane; scratch also holds what was indexed dynamically
     spilled = 4 * (_largest(r"\.vgpr_spill_count:\s*(\d+)", assembly) + _largest(r"\.sgpr_spill_count:\s*(\d+)", assembly))

@@ -1,7 +1,7 @@
 """From a dot product to a score and back: scale, softcap, ALiBi.
 
-A score tile is kept as (tile, unit_log2): the natural-log score times log2(e) is tile * unit_log2 with one positive scalar
-unit. The exponent of the softmax is then one fused multiply-add per element, exp2(tile * unit_log2 - pivot).
+A score tile is kept in units of one positive scalar: score = tile * unit. The exponent of the softmax is then one fused
+multiply-add per element, exp2(tile * unit_log2 - pivot_log2).
 """
 
 import triton
@@ -49,39 +49,39 @@ def soft_limit(qk, score):
 
 
 @triton.jit
-def unit_log2(score):
-    """What a score tile of `score_forward` has to be multiplied by to give base-2 scores; positive."""
-    if score.alibi_slopes is not None:
-        unit = LOG2_E
-    elif score.softcap is not None:
-        unit = score.softcap * LOG2_E
-    else:
-        unit = score.softmax_scale * LOG2_E
+def score_unit(score):
+    """The natural-log score that one unit of a score tile stands for: the softcap, or the softmax scale; positive."""
+    unit = score.softmax_scale
+    if score.softcap is not None:
+        unit = score.softcap
     return unit
 
 
 @triton.jit
+def unit_log2(score):
+    """What a score tile of `score_forward` has to be multiplied by to give base-2 scores."""
+    return score_unit(score) * LOG2_E
+
+
+@triton.jit
 def load_slope(score, batch, head):
-    """ALiBi slope of one head, 0 without ALiBi."""
+    """ALiBi slope of one head, in units of a score tile; 0 without ALiBi."""
     slope = 0.0
     if score.alibi_slopes is not None:
-        slope = tl.load(score.alibi_slopes + batch * score.stride_alibi_b + head)
+        slope = tl.load(score.alibi_slopes + batch * score.stride_alibi_b + head) / score_unit(score)
     return slope
 
 
 @triton.jit
 def score_forward(qk, rows, cols, span, score, slope):
-    """Scores of a tile of dot products, in units of `unit_log2`; rows and cols broadcast to the tile."""
+    """Scores of a tile of dot products, in units of `score_unit`; rows and cols broadcast to the tile."""
     if score.negative is not None:
         qk = -qk
     if score.softcap is not None:
         qk = soft_limit(qk, score)
     if score.alibi_slopes is not None:
         distance = (rows + (span.seqlen_k - span.seqlen_q)).to(tl.float32) - cols.to(tl.float32)
-        magnitude = score.softmax_scale
-        if score.softcap is not None:
-            magnitude = score.softcap
-        qk = qk * magnitude - slope * tl.abs(distance)
+        qk = qk - slope * tl.abs(distance)
     return qk
 
 

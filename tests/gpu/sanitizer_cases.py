@@ -1,0 +1,76 @@
+"""Ten small problems forward and backward, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
+
+Few kernel variants, so that compilation stays short; PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of
+its own, so that the sanitizer sees the first byte outside.
+"""
+
+import dataclasses
+import sys
+
+import torch
+
+import flash_attn_2_cuda
+from flash_attn import backends, flash_attn_varlen_func
+from tests.support import calls
+from tests.support.cases import BF16, FP16, Case
+from tests.support.inputs import make_inputs
+
+CASES = [
+    # one variant: dense, causal, shared heads
+    Case("causal", BF16, 64, 4, 2, (130, 130), (130, 130), causal=True),
+    Case("causal-short-keys", BF16, 64, 4, 2, (200,), (70,), causal=True),
+    Case("causal-short-queries", BF16, 64, 4, 2, (34,), (258,), causal=True),
+    Case("tensor-descriptors", BF16, 128, 2, 2, (129,), (193,), causal=True),
+    Case("odd-headdim", FP16, 59, 2, 1, (65,), (97,)),
+    Case("varlen", BF16, 64, 4, 2, (65, 0, 1, 130), (65, 7, 129, 0), "varlen", causal=True),
+    Case("everything", FP16, 64, 2, 1, (65,), (129,), "dense", (40, 9), False, 3.0, "bh", 0.2, "transposed"),
+]
+BAD_LENGTHS = ([0, 100000, -5, 160], [50, 10, 2**31 - 1, 192])
+BAD_PAGES = [[0, -1, 12, 3], [2**31 - 1, 5, 6, 7], [8, 9, -2, 11]]
+
+
+def solve(case: Case, device: torch.device) -> None:
+    inputs = make_inputs(case, device, 0)
+    exact = {name: getattr(inputs, name).clone() for name in ("q", "k", "v", "dout")}  # without the guards around them
+    calls.forward_and_backward(case, dataclasses.replace(inputs, **exact), 0)
+
+
+def packed_operands(device: torch.device) -> list[torch.Tensor]:
+    shapes = [(160, 4, 64), (192, 2, 64), (192, 2, 64)]
+    return [calls.randn(*s, dtype=BF16, device=device, seed=i) for i, s in enumerate(shapes)]
+
+
+def solve_bad_lengths(device: torch.device) -> None:
+    """cu_seqlens that decrease and leave the tensors, forward and backward."""
+    q, k, v = packed_operands(device)
+    cu_q, cu_k = (calls.int32(x, device) for x in BAD_LENGTHS)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_varlen_func(*leaves, cu_q, cu_k, 200, 200, causal=True)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def solve_pages(device: torch.device, table: list[list[int]], **arrays: list[int]) -> None:
+    """Forward over pages of 16 keys."""
+    q, k, v = packed_operands(device)
+    k, v = (x.unflatten(0, (-1, 16)) for x in (k, v))
+    cu_q, cu_k = (calls.int32(x, device) for x in ([0, 40, 100, 160], [0, 64, 128, 192]))
+    used, leftpad = (calls.int32(arrays[n], device) if n in arrays else None for n in ("seqused_k", "leftpad_k"))
+    optional = (None, cu_q, cu_k, used, leftpad, calls.int32(table, device), None)
+    flash_attn_2_cuda.varlen_fwd(q, k, v, *optional, 200, 200, 0.0, 0.125, False, True, -1, -1, 0.0, False, None)
+
+
+def main() -> int:
+    device = torch.device("cuda")
+    with backends.use("portable"):
+        for case in CASES:
+            solve(case, device)
+        solve_bad_lengths(device)
+        solve_pages(device, [[11, 3, 7, 0], [4, 5, 1, 2], [8, 9, 10, 6]])
+        solve_pages(device, BAD_PAGES, seqused_k=[1000, -3, 2**31 - 1], leftpad_k=[-1, 2**31 - 1, 5])
+    torch.cuda.synchronize()
+    sys.stdout.write(f"solved {len(CASES) + 3}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
