@@ -223,4 +223,6 @@ def _filled(out_: Tensor | None, results: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Any:
     """The tensors a backward writes to, new ones where none are given."""
-    return tuple(torch.empty_like(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v)))
+    return tuple(
+        torch_ops.empty_gradient(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v))
+    )

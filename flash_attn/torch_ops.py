@@ -4,6 +4,7 @@ Names, argument order and results are upstream's, which downstream code imports 
 are the same work without the dispatcher: eager calls take them and save its cost.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import hardware, launch
-from flash_attn.backends import requested_backend, select_backend
+from flash_attn.backends import choose_backend, requested_backend
 from flash_attn.backends.base import Gradients, Operands
 from flash_attn.problem import AttentionProblem, check_gradients, check_rng_state, describe
 
@@ -33,16 +34,23 @@ def contiguous_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# the requested backend and the pinned launch configurations that were in force; autograd's threads do not see the caller's
+Scope = tuple[str | None, tuple[tuple[str, Any], ...]]
+
+
 class Plan:
     """Everything about a call that its tensors' contents and addresses do not change: checks passed, backend chosen."""
 
-    __slots__ = ("backend", "backward_plans", "memo", "problem", "seqlen_k", "seqlen_q")
+    __slots__ = ("backend", "backward_plans", "memo", "problem", "scope", "seqlen_k", "seqlen_q")
 
-    def __init__(self, problem: AttentionProblem, seqlen_q: int, seqlen_k: int, device: torch.device) -> None:
+    def __init__(
+        self, problem: AttentionProblem, seqlen_q: int, seqlen_k: int, device: torch.device, scope: Scope
+    ) -> None:
         self.problem = problem
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
-        self.backend = select_backend(problem, hardware.of(device))
+        self.scope = scope
+        self.backend = choose_backend(problem, hardware.of(device), scope[0])
         self.memo: dict[str, Any] = {}
         self.backward_plans: dict[Any, Plan] = {}  # of a forward plan, by what only its backward knows
 
@@ -52,16 +60,19 @@ MAX_PLANS = 4096
 
 
 def _plan(
-    tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], describe_call: Callable[[], tuple[Any, int, int]]
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    describe_call: Callable[[], tuple[Any, int, int]],
+    scope: Scope,
 ) -> Plan:
     """The plan of a call; calls equal in shapes, strides, dtypes, devices and options share one."""
-    key = (*map(_traits, tensors), numbers, requested_backend(), launch.pins())
+    key = (*map(_traits, tensors), numbers, scope)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         device = cast(Tensor, tensors[0]).device
-        plan = _plans[key] = Plan(*describe_call(), device)
+        plan = _plans[key] = Plan(*describe_call(), device, scope)
     return plan
 
 
@@ -103,6 +114,7 @@ def forward(
         (q, k, v, *optional),
         (*numbers, max_seqlen_q, max_seqlen_k),
         lambda: describe(q, k, v, *numbers, *optional, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
+        (requested_backend(), launch.pins()),
     )
     rng_state = None
     if dropout_p > 0.0:
@@ -162,7 +174,7 @@ def backward(
     softmax_lse = softmax_lse.contiguous()
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
 
-    def make_plan() -> Plan:
+    def make_plan(scope: Scope) -> Plan:
         numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
 
         def describe_call() -> tuple[AttentionProblem, int, int]:
@@ -185,14 +197,15 @@ def backward(
             (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional),
             (*numbers, max_seqlen_q, max_seqlen_k, deterministic),
             describe_call,
+            scope,
         )
 
     if forward_plan is None:
-        plan = make_plan()
+        plan = make_plan((requested_backend(), launch.pins()))
     else:
         key = (deterministic, *_layouts(q, k, v, dout, out, dq, dk, dv))
         known = forward_plan.backward_plans.get(key)
-        plan = forward_plan.backward_plans[key] = make_plan() if known is None else known
+        plan = forward_plan.backward_plans[key] = make_plan(forward_plan.scope) if known is None else known
     operands = Operands(
         q,
         k,
@@ -207,7 +220,9 @@ def backward(
         rng_state if dropout_p > 0.0 else None,
         memo=plan.memo,
     )
-    return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
+    pins = plan.scope[1]
+    with launch.pinned(**dict(pins)) if pins else contextlib.nullcontext():
+        return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
 
 
 def _layouts(*tensors: Tensor) -> tuple[Any, ...]:
@@ -215,7 +230,7 @@ def _layouts(*tensors: Tensor) -> tuple[Any, ...]:
     addresses = 0
     for x in tensors:
         addresses |= x.data_ptr()
-    return (addresses % 16, requested_backend(), launch.pins(), *[x.stride() for x in tensors])
+    return (addresses % 16, *[x.stride() for x in tensors])
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
@@ -525,8 +540,15 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def empty_gradient(like: Tensor) -> Tensor:
+    """Memory for the gradient of an operand, with a contiguous last dimension."""
+    if like.stride(-1) == 1:
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.empty_like(like) if gradient is None else gradient
+    return empty_gradient(like) if gradient is None else gradient
 
 
 _ops: Any = torch.ops.flash_attn

@@ -58,16 +58,17 @@ def _environment() -> str | None:
 
 
 def select_backend(problem: AttentionProblem, hardware: Hardware) -> Backend:
-    """The backend that runs a problem.
+    """The backend that runs a problem, with regard to what was asked for.
 
     Raises:
         UnsupportedProblem: the requested backend, or every backend, refuses; the message quotes the reasons.
     """
-    return _select(problem, hardware, requested_backend())
+    return choose_backend(problem, hardware, requested_backend())
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
+def choose_backend(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
+    """As `select_backend`, with regard to what was asked for elsewhere: autograd's threads do not see the caller's scope."""
     names = [_checked(requested)] if requested else list(MODULES)
     reasons: dict[str, str] = {}
     for name in names:

@@ -89,6 +89,10 @@ def backward(
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
+    if operands.q.numel() == 0:
+        gradients.dk.zero_()
+        gradients.dv.zero_()
+        return delta
     memo = {} if operands.memo is None else operands.memo
     bound = memo.get("backward")
     if bound is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.backward.call import attend, differentiate, make_words, outputs, run, save
+from flash_attn.torch_ops import empty_gradient
 
 
 class FlashAttnFunc(torch.autograd.Function):
@@ -41,7 +42,7 @@ class FlashAttnFunc(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
         differentiate(ctx, saved, dout, dq, dk, dv)
         return dq, dk, dv, *(None,) * 9
 
@@ -108,7 +109,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
-        dq = torch.empty_like(q)
+        dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], k.shape[1], 2, k.shape[2], k.shape[3]))
         differentiate(ctx, saved, dout, dq, *dkv.unbind(2))
         return dq, dkv, *(None,) * 9
@@ -158,7 +159,7 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
         differentiate(ctx, saved, dout, dq, dk, dv)
         return dq, dk, dv, *(None,) * 14
 
@@ -243,7 +244,7 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
-        dq = torch.empty_like(q)
+        dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], 2, k.shape[1], k.shape[2]))
         differentiate(ctx, saved, dout, dq, *dkv.unbind(1))
         return dq, dkv, *(None,) * 13

@@ -58,9 +58,24 @@ def _observed(x: Tensor) -> bool:
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
+    if torch.compiler.is_compiling():
+        arguments = _distinct(arguments)
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
         return function.apply(*arguments, True)
     return function.forward(None, *arguments, False)
+
+
+def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments with each repeated tensor as an alias: the compiler takes a tensor into a Function only once."""
+    seen: list[Tensor] = []
+    result = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if any(argument is other for other in seen):
+                argument = argument.view_as(argument)
+            seen.append(argument)
+        result.append(argument)
+    return tuple(result)
 
 
 def attend(

@@ -85,9 +85,7 @@ def test_scores_far_apart(order):
 
 
 @triton.jit
-def weights_kernel(
-    scores, unit, lse, dweights, delta, weights, dscores, lse2, ROWS: tl.constexpr, TILE: tl.constexpr
-):
+def weights_kernel(scores, unit, lse, dweights, delta, weights, dscores, lse2, ROWS: tl.constexpr, TILE: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, TILE)
     offsets = rows[:, None] * TILE + cols[None, :]
     row_lse = algebra.lse_log2(tl.load(lse + rows))

@@ -98,7 +98,7 @@ def test_shared_key_heads_are_repeated_heads(heads_k, device, seed):
     shared = results(lambda *x, **kw: flash_attn_func(*x, causal=True, **kw), (q, k, v), seed)
     apart = results(lambda *x, **kw: flash_attn_func(*x, causal=True, **kw), (q, *repeated), seed)
     sums = [x.unflatten(2, (heads_k, -1)).sum(3) for x in apart[3:]]
-    calls.assert_near(shared, [*apart[:3], *sums], roundoffs=16)
+    calls.assert_near(shared, [*apart[:3], *sums], roundoffs=64)
 
 
 # ---- masks written in two ways ----
@@ -159,7 +159,7 @@ def test_a_negative_scale_is_a_negated_query(options, device, seed):
     negative = results(lambda *x, **kw: flash_attn_func(*x, softmax_scale=-0.2, **options, **kw), (q, k, v), seed)
     flipped = (-q.detach()).requires_grad_()
     positive = results(lambda *x, **kw: flash_attn_func(*x, softmax_scale=0.2, **options, **kw), (flipped, k, v), seed)
-    calls.assert_near(negative, [*positive[:2], -positive[2], *positive[3:]], roundoffs=16)
+    calls.assert_near(negative, [*positive[:2], -positive[2], *positive[3:]], roundoffs=64)
 
 
 @everywhere

@@ -18,16 +18,7 @@ def test_memcheck_finds_nothing():
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
-    command = [
-        sanitizer,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "1",
-        sys.executable,
-        "-m",
-        "tests.gpu.sanitizer_cases",
-    ]
+    command = [sanitizer, *OPTIONS, sys.executable, "-m", "tests.gpu.sanitizer_cases"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     finished = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

@@ -95,7 +95,7 @@ def test_use_nests_and_survives_errors():
 
 
 def test_use_of_an_unknown_name():
-    with pytest.raises(InvalidArgument, match="'cuda'.*portable, cpu, reference"), use("cuda"):
+    with pytest.raises(InvalidArgument, match=r"'cuda'.*portable, cpu, reference"), use("cuda"):
         pass
 
 
@@ -138,7 +138,11 @@ def test_environment_variable_that_cannot_be_followed(value, words):
 
 def test_no_silent_fallback():
     """A backend asked for by name runs or says why not, though another could run the problem."""
-    for name, hardware, dtype in (("portable", HOPPER, "float64"), ("portable", TURING, "float16"), ("cpu", HOPPER, "float16")):
+    for name, hardware, dtype in (
+        ("portable", HOPPER, "float64"),
+        ("portable", TURING, "float16"),
+        ("cpu", HOPPER, "float16"),
+    ):
         with use(name), pytest.raises(UnsupportedProblem) as caught:
             select_backend(problem(dtype), hardware)
         assert list(caught.value.reasons) == [name]

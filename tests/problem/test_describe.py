@@ -45,7 +45,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     backend = Recorder()
-    monkeypatch.setattr(torch_ops, "select_backend", lambda problem, hardware: backend)
+    monkeypatch.setattr(torch_ops, "choose_backend", lambda problem, hardware: backend)
     monkeypatch.setattr(torch_ops, "_plans", {})
     return backend
 
@@ -301,7 +301,9 @@ VARLEN = [
     Fault("max_seqlen_q huge", dict(max_seqlen_q=2**31), "max_seqlen_q must be", (str(2**31),)),
     Fault("q rank", dict(q=half(1, TOTAL_Q, H, D)), "q, k and v must have shape", (str((1, TOTAL_Q, H, D)),)),
     Fault("k rank", keys(TOTAL_K, HK * D), "q, k and v must have shape", (str((TOTAL_K, HK * D)),)),
-    Fault("pages without a table", keys(PAGES, PAGE, HK, D), "k must have shape (total_k", (str((PAGES, PAGE, HK, D)),)),
+    Fault(
+        "pages without a table", keys(PAGES, PAGE, HK, D), "k must have shape (total_k", (str((PAGES, PAGE, HK, D)),)
+    ),
     Fault("v tokens", dict(v=half(TOTAL_K + 1, HK, D)), "k and v must have shape", (str((TOTAL_K + 1, HK, D)),)),
     Fault(
         "head dim 300",
@@ -434,7 +436,9 @@ def gradient_faults():
         yield Fault(f"rng_state {name}", dict(dropout_p=0.1, rng_state=state), words, (value,))
     words = "FlashAttention backward only supports head dimension at most 256"
     q, k = half(B, SQ, H, 264), half(B, SK, HK, 264)
-    yield Fault("head dim 264", dict(q=q, dout=q, out=q, dq=q.clone(), k=k, v=k, dk=k.clone(), dv=k.clone()), words, ("264",))
+    yield Fault(
+        "head dim 264", dict(q=q, dout=q, out=q, dq=q.clone(), k=k, v=k, dk=k.clone(), dv=k.clone()), words, ("264",)
+    )
     yield Fault(
         "k dtype", dict(k=half(B, SK, HK, D, dtype=wrong)), f"query and key {SAME_DTYPE}", dtypes
     )  # fmt: skip
@@ -455,7 +459,11 @@ def test_gradients_on_another_device(name, recorder):
 
 
 def test_rng_state_on_another_device(recorder):
-    arguments = {**gradient_arguments(), "dropout_p": 0.1, "rng_state": torch.zeros(2, dtype=torch.int64, device="meta")}
+    arguments = {
+        **gradient_arguments(),
+        "dropout_p": 0.1,
+        "rng_state": torch.zeros(2, dtype=torch.int64, device="meta"),
+    }
     fault = Fault("rng_state", {}, "rng_state must be on", ("cpu", "meta"))
     check_raises(fault, lambda: torch_ops.backward(**arguments), recorder)
 

@@ -174,7 +174,9 @@ def _cuda_report(compiled: Any, log: str) -> Report:
 def _hip_report(compiled: Any) -> Report:
     assembly = compiled.asm["amdgcn"]
     # spilled registers are 4 bytes per lane; scratch also holds what was indexed dynamically
-    spilled = 4 * (_largest(r"\.vgpr_spill_count:\s*(\d+)", assembly) + _largest(r"\.sgpr_spill_count:\s*(\d+)", assembly))
+    spilled = 4 * (
+        _largest(r"\.vgpr_spill_count:\s*(\d+)", assembly) + _largest(r"\.sgpr_spill_count:\s*(\d+)", assembly)
+    )
     return Report(
         registers=_largest(r"\.vgpr_count:\s*(\d+)", assembly),
         spill_bytes=max(spilled, _largest(r"\.private_segment_fixed_size:\s*(\d+)", assembly)),

@@ -30,7 +30,7 @@ def key_block_bounds(m_block, span, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def load_keys(
-    t, desc, base, pages, batch, head_k, n_block, seqlen_k,
+    t, desc, base, pages, batch, head_k, n_block, span,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, HEAD_DIM_PAD) tile of keys or values."""
@@ -38,9 +38,9 @@ def load_keys(
         tile = desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
     elif pages.block_table is not None:
         cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-        tile = load_paged_rows(t, pages, batch, head_k, cols, seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        tile = load_paged_rows(t, pages, batch, head_k, span.start_k, cols, span.seqlen_k, HEAD_DIM, HEAD_DIM_PAD)
     else:
-        tile = load_rows(t, base, n_block * BLOCK_N, seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        tile = load_rows(t, base, n_block * BLOCK_N, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     return tile
 
 
@@ -58,9 +58,7 @@ def attend(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for n_block in tl.range(begin, end, num_stages=STAGES):
-        k_tile = load_keys(
-            k, k_desc, k_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
-        )
+        k_tile = load_keys(k, k_desc, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)
@@ -69,9 +67,7 @@ def attend(
         weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
         if dropout.rng_state is not None:
             weights = drop(weights, keep_mask(dropout, key, rows[:, None], cols[None, :]))
-        v_tile = load_keys(
-            v, v_desc, v_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
-        )
+        v_tile = load_keys(v, v_desc, v_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 

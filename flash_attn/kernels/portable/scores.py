@@ -19,7 +19,7 @@ def masked_scores(
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(scores, their key positions) of one tile, -inf where a row may not see a key."""
-    k_tile = load_keys(k, None, k_base, pages, batch, head_k, n_block, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+    k_tile = load_keys(k, None, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
     cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)

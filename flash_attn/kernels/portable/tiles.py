@@ -50,12 +50,10 @@ def store_rows(t, base, value, first, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.
 
 
 @triton.jit
-def load_paged_rows(
-    t, pages, batch, head, cols, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr
-):
-    """The tile of keys `cols`, gathered from their pages."""
+def load_paged_rows(t, pages, batch, head, start, cols, seqlen, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """The tile of keys `cols`, gathered from their pages; key 0 of the sequence is token `start` of its first page."""
     dims = tl.arange(0, HEAD_DIM_PAD)
-    page, slot, valid = locate_keys(pages, batch, cols, cols < seqlen)
+    page, slot, valid = locate_keys(pages, batch, start + cols, cols < seqlen)
     offsets = tl.cast(page, tl.int64) * t.stride_b + tl.cast(slot, tl.int64) * t.stride_s
     mask = valid[:, None]
     if HEAD_DIM != HEAD_DIM_PAD:
