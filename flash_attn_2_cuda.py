@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import torch_ops
+from flash_attn import dispatch, torch_ops
 from flash_attn.errors import InvalidArgument
 
 
@@ -32,7 +32,7 @@ def fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of a dense batch."""
     _check_return_softmax(return_softmax, p_dropout)
-    results = torch_ops.forward(
+    results = dispatch.forward(
         q,
         k,
         v,
@@ -75,7 +75,7 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of a packed batch; num_splits is a hint without effect on the result."""
     _check_return_softmax(return_softmax, p_dropout)
-    results = torch_ops.forward(
+    results = dispatch.forward(
         q,
         k,
         v,
@@ -224,5 +224,5 @@ def _filled(out_: Tensor | None, results: tuple[Tensor, ...]) -> list[Tensor]:
 def _gradients(q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Any:
     """The tensors a backward writes to, new ones where none are given."""
     return tuple(
-        torch_ops.empty_gradient(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v))
+        dispatch.empty_gradient(like) if given is None else given for given, like in ((dq, q), (dk, k), (dv, v))
     )

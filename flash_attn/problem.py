@@ -73,9 +73,10 @@ def parse_window(window_size: Sequence[int]) -> tuple[int, int]:
     Raises:
         InvalidArgument: not two elements, or an element that is no whole number of at least -1.
     """
-    if len(window_size) != 2:
-        raise InvalidArgument(f"window_size must be (left, right), got {window_size!r}")
-    left, right = window_size
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"window_size must be (left, right), got {window_size!r}") from None
     return _window_side("left", left), _window_side("right", right)
 
 
@@ -84,7 +85,7 @@ def _window_side(side: str, value: int) -> int:
         return value
     try:
         whole = int(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         whole = None
     if whole is None or whole != value or whole < -1:
         raise InvalidArgument(f"window_size {side} must be a whole number of keys, or -1 for unbounded, got {value!r}")
@@ -111,6 +112,7 @@ def describe(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     deterministic: bool = False,
+    direction: str = "forward",
 ) -> tuple[AttentionProblem, int, int]:
     """Checks a call; returns its problem and the exact longest lengths (seqlen_q, seqlen_k).
 
@@ -120,7 +122,7 @@ def describe(
     Source: the checks of upstream's flash_api.cpp, whose words the messages start with.
     """
     varlen = cu_seqlens_q is not None
-    _check_operands(q, k, v, 3 if varlen else 4)
+    _check_operands(q, k, v, 3 if varlen else 4, direction)
     nheads, headdim = q.shape[-2], q.shape[-1]
     nheads_k = k.shape[-2]
     if cu_seqlens_q is not None:
@@ -165,21 +167,20 @@ def check_gradients(
     Raises:
         InvalidArgument: a shape, dtype, device or stride disagrees; the message names both values.
     """
-    for name, tensor, like_name, like in (
-        ("out", out, "query", q),
-        ("dout", dout, "query", q),
-        ("dq", dq, "q", q),
-        ("dk", dk, "k", k),
-        ("dv", dv, "v", v),
+    for name, tensor, same_dtype, like in (
+        ("out", out, "query and out must have the same dtype", q),
+        ("dout", dout, "query and dout must have the same dtype", q),
+        ("dq", dq, "dq must have the same dtype as q", q),
+        ("dk", dk, "dk must have the same dtype as q", k),
+        ("dv", dv, "dv must have the same dtype as q", v),
     ):
         if tensor.dtype != like.dtype:
-            raise InvalidArgument(
-                f"{like_name} and {name} must have the same dtype, got {like.dtype} and {tensor.dtype}"
-            )
+            raise InvalidArgument(f"{same_dtype}, got {like.dtype} and {tensor.dtype}")
         if tensor.shape != like.shape:
             raise InvalidArgument(f"{name} must have shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise InvalidArgument(f"{name} tensor must have contiguous last dimension, got strides {tensor.stride()}")
+            what = f"{name} tensor" if like is q and name != "dq" else name
+            raise InvalidArgument(f"{what} must have contiguous last dimension, got strides {tensor.stride()}")
         _check_device(name, tensor, q.device)
     expected = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     if softmax_lse.shape != expected:
@@ -200,7 +201,7 @@ def check_rng_state(rng_state: Tensor | None, device: torch.device) -> None:
     _check_device("rng_state", rng_state, device)
 
 
-def _check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
+def _check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int, direction: str) -> None:
     if q.dim() != ndim or k.dim() not in (ndim, 4) or v.dim() != k.dim():
         words = "(batch_size, seqlen, num_heads, head_size)" if ndim == 4 else "(total, num_heads, head_size)"
         raise InvalidArgument(
@@ -221,7 +222,7 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int) -> None:
     nheads_k = k.shape[-2]
     if not 1 <= headdim <= MAX_HEADDIM:
         raise InvalidArgument(
-            f"FlashAttention forward only supports head dimension at most {MAX_HEADDIM} and at least 1, got {headdim}"
+            f"FlashAttention {direction} only supports head dimension at most {MAX_HEADDIM} and at least 1, got {headdim}"
         )
     if k.shape[-1] != headdim or v.shape != k.shape:
         raise InvalidArgument(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.backward.call import attend, differentiate, make_words, outputs, run, save
-from flash_attn.torch_ops import empty_gradient
+from flash_attn.dispatch import empty_gradient
 
 
 class FlashAttnFunc(torch.autograd.Function):

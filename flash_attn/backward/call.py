@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import torch_ops
+from flash_attn import dispatch, torch_ops
 from flash_attn.problem import parse_window
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
-Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch_ops.Plan | None]
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, dispatch.Plan | None]
 
 
 class Words(NamedTuple):
@@ -102,7 +102,7 @@ def attend(
         return_softmax,
     )
     if not _observed(q):
-        return torch_ops.forward(
+        return dispatch.forward(
             q,
             k,
             v,
@@ -127,7 +127,7 @@ def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
     if not _observed(q) or block_table is not None:
-        torch_ops.backward(
+        dispatch.backward(
             *tensors,
             *numbers,
             words.deterministic,

@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from flash_attn import torch_ops
+from flash_attn import dispatch
 from flash_attn.backward.call import make_words
 
 _log = logging.getLogger("flash_attn")
@@ -69,7 +69,7 @@ def flaggems_flash_attn_backward(
     window_size = (window_size_left, window_size_right)
     words = make_words(q.shape[-1], 0.0, softmax_scale, causal, window_size, 0.0, deterministic)
     gradients = _or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)
-    torch_ops.backward(
+    dispatch.backward(
         dout,
         q,
         k,
@@ -128,7 +128,7 @@ def flaggems_flash_attn_varlen_backward(
         q.shape[-1], 0.0, softmax_scale, causal, (-1, -1), 0.0, False, int(max_seqlen_q), int(max_seqlen_k)
     )
     gradients = _or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)
-    torch_ops.backward(
+    dispatch.backward(
         dout,
         q,
         k,

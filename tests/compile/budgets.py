@@ -1,4 +1,7 @@
-"""How many bytes per thread a kernel may spill, and why where that is more than nothing."""
+"""How many bytes per thread a kernel may spill, and why where that is more than a few registers.
+
+Measured with Triton 3.6.0 and its ptxas; a row leaves room for the differences between releases.
+"""
 
 from typing import NamedTuple
 
@@ -6,19 +9,41 @@ KERNELS = {"attn_fwd_kernel": "forward", "attn_bwd_dq_kernel": "dq", "attn_bwd_d
 
 
 class Budget(NamedTuple):
+    """What a launch may cost beside its registers."""
+
     spill_bytes: int
     reason: str
+    serialised: bool = False  # whether ptxas may run the wgmma of a loop one by one (C7510, C7511)
 
 
-DEFAULT = Budget(0, "registers hold every accumulator; spilling in a loop costs more than a smaller tile")
+DEFAULT = Budget(16, "four registers spilled around a loop cost nothing that can be measured")
 
-# (kernel, architecture, padded head dim, feature or dtype); None stands for any. The first match counts.
-BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {}
+_FASTEST = "measured on the H200: faster than the tiles that do not spill"
+_EVERYTHING = "all features at once; a tile for them alone would make the plain kernel slower"
+_MASKED = "a tile of a padded head dim carries the masks of its loads"
+_RDNA = "256 vector registers hold neither accumulators nor operands of such a head dim; the smallest tile spills least"
+
+# (kernel, architecture, padded head dim, kind), where None stands for any; the first match counts.
+# A kind is a feature of variants.FEATURES, "odd" for a head dim below its padded one, or a dtype other than bfloat16.
+BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {
+    ("dkdv", "sm_90", None, "everything"): Budget(80, _EVERYTHING, serialised=True),
+    ("dkdv", "sm_90", 64, "odd"): Budget(288, _MASKED),
+    ("dkdv", "sm_90", 64, None): Budget(48, _FASTEST),
+    ("dkdv", "sm_90", 128, None): Budget(96, _FASTEST),
+    ("dkdv", "sm_90", 256, None): Budget(80, _FASTEST),
+    ("forward", "sm_80", 128, "everything"): Budget(48, _EVERYTHING),
+    ("forward", "gfx942", 128, "scores"): Budget(96, _EVERYTHING),
+    (None, "gfx942", 128, "everything"): Budget(96, _EVERYTHING),
+    ("dq", "gfx1100", 128, None): Budget(48, _RDNA),
+    ("dq", "gfx1100", 256, None): Budget(896, _RDNA),
+    ("dkdv", "gfx1100", 128, None): Budget(512, _RDNA),
+    ("dkdv", "gfx1100", 256, None): Budget(1664, _RDNA),
+}
 
 
-def budget(kernel: str, arch: str, pad: int, feature: str) -> Budget:
+def budget(kernel: str, arch: str, pad: int, kind: str) -> Budget:
     """The budget of a launch."""
-    facts = (KERNELS[kernel], arch, pad, feature)
+    facts = (KERNELS[kernel], arch, pad, kind)
     for pattern, found in BUDGETS.items():
         if all(wanted is None or wanted == fact for wanted, fact in zip(pattern, facts, strict=True)):
             return found

@@ -107,12 +107,16 @@ def faults(variant: Variant, launch: Launch, shared_memory: int) -> list[str]:
         found.append("does not use the tensor cores")
     if (report.tma > 0) != (launch.descriptors > 0):
         found.append(f"{report.tma} TMA copies from {launch.descriptors} tensor descriptors")
-    return [f"{launch.kernel} {words}: {report}" for words in [*found, *report.warnings]]
+    if not allowed.serialised:
+        found += report.warnings
+    return [f"{launch.kernel} {words}: {report}" for words in found]
 
 
 def _kind(variant: Variant) -> str:
     """What a budget may depend on besides kernel, architecture and head dim."""
-    return variant.feature if variant.dtype == "bfloat16" else variant.dtype
+    if variant.dtype != "bfloat16":
+        return variant.dtype
+    return "odd" if variant.headdim != variant.pad else variant.feature
 
 
 def _on_tensor_cores(variant: Variant, launch: Launch) -> bool:
@@ -238,12 +242,17 @@ def test_gluon_calls_every_algebra_function(arch, tmp_path):
 
 
 def test_the_probe_covers_the_algebra():
-    """A new device function belongs into the probe; those it reaches through another are exempt."""
+    """A new device function belongs into the probe, unless another one there calls it."""
     from flash_attn.kernels.algebra import dropout, interval, locate, score, softmax, span
 
     modules = (interval, score, softmax, dropout, span, locate)
-    owned = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
-    functions = {f.__name__ for f in owned if f.__module__ in {module.__name__ for module in modules}}
-    called = set(probe_kernel.src.replace("(", " ").split())
-    inner = {"clamp", "packed_span", "patch_hash", "patch_index", "soft_limit", "tanh", "tanh_approximate"}
-    assert functions - called - inner == set()
+    functions = {
+        function.__name__: function.src
+        for module in modules
+        for function in vars(module).values()
+        if isinstance(function, triton.JITFunction) and function.__module__ == module.__name__
+    }
+    callers = {name: source for name, source in functions.items() if f"{name}(" in probe_kernel.src}
+    reached = {name for name in functions for caller in callers if name != caller and f"{name}(" in callers[caller]}
+    second = {name for name in functions for caller in reached if name != caller and f"{name}(" in functions[caller]}
+    assert functions.keys() - callers.keys() - reached - second == set()

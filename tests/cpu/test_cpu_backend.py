@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn import backends, hardware, problem, random_bits, reference, torch_ops
+from flash_attn import backends, dispatch, hardware, problem, random_bits, reference
 from flash_attn.backends import cpu, spans
 from flash_attn.errors import UnsupportedProblem
 from tests.support.cases import BF16, CASES, FP16, FP32, SMALL_CASES, Case
@@ -52,14 +52,14 @@ def packing(case: Case, inputs) -> dict:
 
 def run(case: Case, inputs, *, return_softmax=False):
     """Every result by name; the gradients are written into slices of one packed buffer where they fit."""
-    out, lse, scores, rng_state = torch_ops.forward(
+    out, lse, scores, rng_state, _ = dispatch.forward(
         inputs.q, inputs.k, inputs.v, *numbers(case), inputs.alibi_slopes, return_softmax, **packing(case, inputs)
     )
     if case.strides == "packed" and inputs.q.shape == inputs.k.shape:
         dq, dk, dv = torch.full((*inputs.q.shape[:-2], 3, *inputs.q.shape[-2:]), math.nan, dtype=case.dtype).unbind(-3)
     else:
         dq, dk, dv = (torch.full_like(x, math.nan) for x in (inputs.q, inputs.k, inputs.v))
-    delta = torch_ops.backward(
+    delta = dispatch.backward(
         inputs.dout,
         inputs.q,
         inputs.k,
@@ -132,9 +132,9 @@ def test_any_softmax_scale(backend, scale, softcap, seed):
     truth, truth_lse = reference.attention(*leaves, softmax_scale=scale, softcap=softcap, window=(None, 0))
     gradients = torch.autograd.grad(truth, leaves, dout)
     words = (0.0, scale, True, -1, -1, softcap, None)
-    out, lse, _, _ = torch_ops.forward(q, k, v, *words, False)
+    out, lse, *_ = dispatch.forward(q, k, v, *words, False)
     actual = [torch.empty_like(x) for x in (q, k, v)]
-    torch_ops.backward(dout, q, k, v, out, lse, *actual, *words, False, None)
+    dispatch.backward(dout, q, k, v, out, lse, *actual, *words, False, None)
     for got, want in zip((out, lse, *actual), (truth, truth_lse, *gradients), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -163,7 +163,7 @@ def test_dropout_scores_stay_within_the_maximum_lengths(backend, seed):
     """Sequences longer than the promised maximum lose the rest of their scores, nothing else."""
     q = torch.randn(300, 2, 8)
     cu_seqlens = torch.tensor([0, 300], dtype=torch.int32)
-    out, _, scores, _ = torch_ops.forward(
+    out, _, scores, *_ = dispatch.forward(
         q, q, q, 0.5, 1.0, True, -1, -1, 0.0, None, True,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=100, max_seqlen_k=100,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def test_dropout_scores_stay_within_the_maximum_lengths(backend, seed):
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=True, **extra):
     """out and lse of a packed batch of arrays given as lists."""
     arrays = {name: torch.tensor(x, dtype=torch.int32) for name, x in extra.items()}
-    out, lse, _, _ = torch_ops.forward(
+    out, lse, *_ = dispatch.forward(
         q,
         k,
         v,
@@ -271,7 +271,7 @@ def test_wrong_lengths_stay_inside(backend, lengths, causal, seed):
     buffers = [torch.full((x.shape[0] + 2, *x.shape[1:]), 7.0) for x in (q, k, v)]
     words = (0.0, 0.25, causal, -1, -1, 0.0, None, False, None)
     cu_seqlens_q, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32) for x in lengths)
-    torch_ops.backward(
+    dispatch.backward(
         torch.randn_like(q), q, k, v, out, lse, *(x[1:-1] for x in buffers), *words,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=64, max_seqlen_k=64,
     )  # fmt: skip
@@ -315,7 +315,7 @@ def test_no_pages_at_all(backend):
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(8)))
     table = torch.zeros(1, 0, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
-    out, lse, _, _ = torch_ops.forward(
+    out, lse, *_ = dispatch.forward(
         q[:5], empty_pages, empty_pages, 0.0, 1.0, False, -1, -1, 0.0, None, False,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=5, max_seqlen_k=5, block_table=table,
     )  # fmt: skip
@@ -336,7 +336,7 @@ def test_paged_backward_is_refused(backend):
     k, v = (x.unflatten(0, (6, 8)) for x in (k, v))
     cu_seqlens = torch.tensor([0, 40], dtype=torch.int32)
     with pytest.raises(UnsupportedProblem, match="forward only"):
-        torch_ops.backward(
+        dispatch.backward(
             q, q, k, v, q, torch.zeros(4, 40), q.clone(), k.clone(), v.clone(),
             0.0, 0.25, True, -1, -1, 0.0, None, False, None,
             cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=40, max_seqlen_k=40,
@@ -357,12 +357,12 @@ def test_paged_backward_is_refused(backend):
 def test_empty_dense_batches(backend, shape_q, shape_k):
     q, k, v = torch.randn(shape_q), torch.randn(shape_k), torch.randn(shape_k)
     words = (0.0, 1.0, False, -1, -1, 0.0, None)
-    out, lse, _, _ = torch_ops.forward(q, k, v, *words, False)
+    out, lse, *_ = dispatch.forward(q, k, v, *words, False)
     assert out.shape == q.shape
     assert out.count_nonzero() == 0
     assert (lse == -math.inf).all()
     gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
-    torch_ops.backward(torch.randn_like(q), q, k, v, out, lse, *gradients, *words, False, None)
+    dispatch.backward(torch.randn_like(q), q, k, v, out, lse, *gradients, *words, False, None)
     assert all(x.count_nonzero() == 0 for x in gradients)
 
 
@@ -401,11 +401,11 @@ def test_backward_is_linear_in_dout(backend, seed):
     case = Case("linear", torch.float64, 16, 4, 2, (40,), (40,), window=(9, -1), softcap=3.0, alibi="h")
     inputs = make_inputs(case, "cpu", seed)
     words = (*numbers(case), inputs.alibi_slopes)
-    out, lse, _, _ = torch_ops.forward(inputs.q, inputs.k, inputs.v, *words, False)
+    out, lse, *_ = dispatch.forward(inputs.q, inputs.k, inputs.v, *words, False)
 
     def gradients(dout):
         result = [torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v)]
-        torch_ops.backward(dout, inputs.q, inputs.k, inputs.v, out, lse, *result, *words, False, None)
+        dispatch.backward(dout, inputs.q, inputs.k, inputs.v, out, lse, *result, *words, False, None)
         return result
 
     a, b = inputs.dout, torch.randn_like(inputs.dout)
@@ -423,7 +423,7 @@ def test_backward_of_a_part_of_the_keys(backend, seed):
     for begin, end in ((0, 24), (24, 40)):
         k, v = inputs.k[:, begin:end].contiguous(), inputs.v[:, begin:end].contiguous()
         part = [torch.empty_like(x) for x in (inputs.q, k, v)]
-        torch_ops.backward(inputs.dout, inputs.q, k, v, whole["out"], whole["lse"], *part, *words)
+        dispatch.backward(inputs.dout, inputs.q, k, v, whole["out"], whole["lse"], *part, *words)
         dq += part[0]
         torch.testing.assert_close(part[1], whole["dk"][:, begin:end])
         torch.testing.assert_close(part[2], whole["dv"][:, begin:end])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flash_attn
-from flash_attn import backends, launch, reference, torch_ops
+from flash_attn import backends, dispatch, launch, reference
 from flash_attn.backends import explain, select_backend, use
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.hardware import CPU, Hardware
@@ -46,7 +46,7 @@ def nothing_requested(monkeypatch):
 @pytest.fixture
 def plans(monkeypatch):
     fresh = {}
-    monkeypatch.setattr(torch_ops, "_plans", fresh)
+    monkeypatch.setattr(dispatch, "_plans", fresh)
     return fresh
 
 
@@ -108,10 +108,10 @@ def test_use_goes_before_the_environment(monkeypatch):
 
 PROGRAM = """
 import torch, flash_attn
-from flash_attn import backends, torch_ops
+from flash_attn import backends, dispatch
 x = torch.zeros(1, 4, 1, 8)
 flash_attn.flash_attn_func(x, x, x)
-print(*{plan.backend.name for plan in torch_ops._plans.values()})
+print(*{plan.backend.name for plan in dispatch._plans.values()})
 """
 
 
@@ -194,7 +194,7 @@ def test_explain_agrees_with_the_choice(hardware, dtype):
 
 
 def test_falling_back_to_plain_pytorch_is_logged(caplog):
-    backends._select.cache_clear()
+    backends.choose_backend.cache_clear()
     with caplog.at_level("WARNING", logger="flash_attn"):
         assert select_backend(problem("float16", headdim=61), TURING).name == "reference"
     assert "plain PyTorch" in caplog.text and "Ampere" in caplog.text
@@ -288,7 +288,7 @@ def test_gradients_do_not_share_a_plan(plans, seed):
 
 
 def test_plans_are_bounded(plans, monkeypatch):
-    monkeypatch.setattr(torch_ops, "MAX_PLANS", 4)
+    monkeypatch.setattr(dispatch, "MAX_PLANS", 4)
     for seqlen in range(1, 12):
         x = torch.zeros(1, seqlen, 1, 8)
         flash_attn.flash_attn_func(x, x, x)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flash_attn
-from flash_attn import torch_ops
+from flash_attn import dispatch
 from flash_attn.backends.base import ForwardResult
 from flash_attn.errors import InvalidArgument
 from flash_attn.flash_attn_interface import (
@@ -45,8 +45,8 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     backend = Recorder()
-    monkeypatch.setattr(torch_ops, "choose_backend", lambda problem, hardware: backend)
-    monkeypatch.setattr(torch_ops, "_plans", {})
+    monkeypatch.setattr(dispatch, "choose_backend", lambda problem, hardware, requested: backend)
+    monkeypatch.setattr(dispatch, "_plans", {})
     return backend
 
 
@@ -384,13 +384,13 @@ def test_lengths_on_another_device(name, recorder):
     words = (0.0, 1.0, False, -1, -1, 0.0, None, False)
     q, k, v = (arguments.pop(x) for x in "qkv")
     fault = Fault(name, {}, f"{name} must be on", ("cpu", "meta"))
-    check_raises(fault, lambda: torch_ops.forward(q, k, v, *words, **arguments), recorder)
+    check_raises(fault, lambda: dispatch.forward(q, k, v, *words, **arguments), recorder)
 
 
 def test_cu_seqlens_come_together(recorder):
     q, k = half(TOTAL_Q, H, D), half(TOTAL_K, HK, D)
     with pytest.raises(InvalidArgument, match="cu_seqlens_k must be given with cu_seqlens_q"):
-        torch_ops.forward(q, k, k, 0.0, 1.0, False, -1, -1, 0.0, None, False, cu_seqlens_q=int32(0, TOTAL_Q))
+        dispatch.forward(q, k, k, 0.0, 1.0, False, -1, -1, 0.0, None, False, cu_seqlens_q=int32(0, TOTAL_Q))
     assert recorder.calls == []
 
 
@@ -455,7 +455,7 @@ def test_gradients_on_another_device(name, recorder):
     arguments = gradient_arguments()
     arguments[name] = arguments[name].to("meta")
     fault = Fault(name, {}, f"{name} must be on", ("cpu", "meta"))
-    check_raises(fault, lambda: torch_ops.backward(**arguments), recorder)
+    check_raises(fault, lambda: dispatch.backward(**arguments), recorder)
 
 
 def test_rng_state_on_another_device(recorder):
@@ -465,7 +465,7 @@ def test_rng_state_on_another_device(recorder):
         "rng_state": torch.zeros(2, dtype=torch.int64, device="meta"),
     }
     fault = Fault("rng_state", {}, "rng_state must be on", ("cpu", "meta"))
-    check_raises(fault, lambda: torch_ops.backward(**arguments), recorder)
+    check_raises(fault, lambda: dispatch.backward(**arguments), recorder)
 
 
 def test_gradients_of_a_packed_batch(recorder):
