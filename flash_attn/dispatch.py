@@ -37,6 +37,7 @@ class Plan:
         self.backward_plans: dict[Any, Plan] = {}  # of a forward plan, by what only its backward knows
 
 
+UNSCOPED = contextlib.nullcontext()
 _plans: dict[Any, Plan] = {}
 MAX_PLANS = 4096
 
@@ -191,8 +192,8 @@ def backward(
         rng_state if dropout_p > 0.0 else None,
         memo=plan.memo,
     )
-    pins = plan.scope[1]
-    with launch.pinned(**dict(pins)) if pins else contextlib.nullcontext():
+    _, pins = plan.scope
+    with launch.pinned(**dict(pins)) if pins else UNSCOPED:
         return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
 
 

@@ -43,7 +43,7 @@ def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> tuple[B
     if problem.dtype == "float32":
         return FP32[pad]
     if hardware.kind == "hip":
-        return AMD[pad]
+        return (RDNA if hardware.arch.startswith("gfx1") else CDNA)[pad]
     if hardware.arch == "sm_90":
         return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
     return NVIDIA[pad]
@@ -92,25 +92,32 @@ HOPPER: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
     ),
 }
 
-# unmeasured hardware: chosen to compile without spills into the smallest shared memory of the family
+# unmeasured hardware, each (dq, dkdv): chosen to compile with few spills into the smallest shared memory of the family
 NVIDIA: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     16: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
     32: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
-    64: (BackwardConfig(64, 64, 4, 2), BackwardConfig(64, 64, 4, 2)),
-    128: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
+    64: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
+    128: (BackwardConfig(64, 32, 4, 2), BackwardConfig(64, 64, 8, 2)),
     256: (BackwardConfig(32, 32, 4, 1), (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1))),
 }
-AMD: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
+CDNA: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     16: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
     32: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
     64: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
     128: (BackwardConfig(64, 32, 4, 1), BackwardConfig(32, 64, 4, 1)),
     256: (BackwardConfig(32, 32, 4, 1), (BackwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1))),
 }
+RDNA: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
+    16: (BackwardConfig(64, 64, 4, 1), BackwardConfig(64, 64, 4, 1)),
+    32: (BackwardConfig(64, 64, 4, 1), BackwardConfig(32, 64, 4, 1)),
+    64: (BackwardConfig(32, 32, 4, 1), BackwardConfig(16, 32, 4, 1)),
+    128: (BackwardConfig(32, 16, 8, 1), BackwardConfig(16, 32, 8, 1)),
+    256: (BackwardConfig(16, 16, 8, 1), (BackwardConfig(16, 16, 8, 1), BackwardConfig(16, 16, 8, 1))),
+}
 FP32: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     16: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
     32: (BackwardConfig(64, 32, 4, 2), BackwardConfig(32, 64, 4, 2)),
     64: (BackwardConfig(32, 32, 4, 2), BackwardConfig(32, 32, 4, 2)),
-    128: (BackwardConfig(32, 32, 8, 1), BackwardConfig(32, 32, 8, 1)),
-    256: (BackwardConfig(16, 32, 8, 1), BackwardConfig(16, 32, 8, 1)),
+    128: (BackwardConfig(16, 32, 4, 2), BackwardConfig(16, 32, 4, 2)),
+    256: (BackwardConfig(16, 16, 4, 2), BackwardConfig(16, 16, 4, 1)),
 }

@@ -36,7 +36,7 @@ def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> Forward
     if problem.dtype == "float32":
         return FP32[pad]
     if hardware.kind == "hip":
-        return AMD[pad]
+        return (RDNA if hardware.arch.startswith("gfx1") else CDNA)[pad]
     if hardware.arch == "sm_90":
         return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
     return NVIDIA[pad]
@@ -70,25 +70,32 @@ HOPPER = {
     256: (ForwardConfig(128, 64, 8, 2), ForwardConfig(128, 64, 8, 2)),
 }
 
-# unmeasured hardware: chosen to compile without spills into the smallest shared memory of the family
+# unmeasured hardware: chosen to compile with few spills into the smallest shared memory of the family
 NVIDIA = {
     16: ForwardConfig(128, 64, 4, 2),
     32: ForwardConfig(128, 64, 4, 2),
-    64: ForwardConfig(128, 64, 4, 2),
+    64: ForwardConfig(128, 64, 8, 2),
     128: ForwardConfig(128, 32, 4, 2),
-    256: ForwardConfig(64, 32, 4, 1),
+    256: ForwardConfig(64, 32, 8, 2),
 }
-AMD = {
+CDNA = {
     16: ForwardConfig(128, 64, 4, 1),
     32: ForwardConfig(128, 64, 4, 1),
     64: ForwardConfig(128, 64, 4, 1),
     128: ForwardConfig(128, 64, 4, 1),
     256: ForwardConfig(64, 32, 4, 1),
 }
+RDNA = {
+    16: ForwardConfig(128, 64, 4, 1),
+    32: ForwardConfig(128, 64, 4, 1),
+    64: ForwardConfig(64, 32, 4, 1),
+    128: ForwardConfig(64, 32, 8, 1),
+    256: ForwardConfig(32, 16, 8, 1),
+}
 FP32 = {
     16: ForwardConfig(64, 64, 4, 2),
     32: ForwardConfig(64, 64, 4, 2),
     64: ForwardConfig(64, 32, 4, 2),
     128: ForwardConfig(32, 32, 4, 2),
-    256: ForwardConfig(32, 32, 8, 1),
+    256: ForwardConfig(32, 16, 4, 1),
 }
