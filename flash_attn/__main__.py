@@ -46,9 +46,6 @@ def default_device() -> torch.device:
     return torch.device("cpu") if accelerator is None else accelerator
 
 
-# ---- the machine ----
-
-
 def print_machine(device: torch.device) -> None:
     found = hardware.of(device)
     rows = [
@@ -67,8 +64,6 @@ def print_machine(device: torch.device) -> None:
     for label, text in rows:
         item(label, text)
 
-
-# ---- which backend serves what ----
 
 PROBLEMS = {
     "training, bf16, D 128, causal": AttentionProblem("dense", "bfloat16", 2, 4096, 4096, 16, 16, 128, CAUSAL),
@@ -101,9 +96,6 @@ def print_backends(device: torch.device) -> None:
             item(f"{name} refuses", f"{which}: {reason}")
 
 
-# ---- clients, numerical check ----
-
-
 def print_clients(device: torch.device) -> None:
     heading("Clients of flash_attn, whether they would accept this package [their version here]")
     for client, gate in diagnostics.GATES.items():
@@ -134,8 +126,6 @@ def print_checks(device: torch.device) -> int:
     print(f"  {failures} of {total} checks FAILED" if failures else f"  all {total} checks pass")
     return failures
 
-
-# ---- speed ----
 
 Attend = Callable[[], Any]
 SECONDS = 0.6  # per case and direction, for each of the two
@@ -202,9 +192,6 @@ def timed(function: Attend, device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - begin
-
-
-# ---- text ----
 
 
 def heading(text: str) -> None:

@@ -24,9 +24,6 @@ def version(distribution: str) -> str | None:
         return None
 
 
-# ---- what clients ask of the package before they use it ----
-
-
 def release(text: str) -> tuple[int, ...]:
     """(2, 8, 3) of "2.8.3+plus.1"."""
     return tuple(int(part) for part in text.partition("+")[0].split(".") if part.isdigit())
@@ -88,9 +85,6 @@ GATES: dict[str, Callable[[torch.device], str | None]] = {
     "transformer-engine": transformer_engine_gate,
     "yunchang": yunchang_gate,
 }
-
-
-# ---- results against float64 ----
 
 
 class Check(NamedTuple):

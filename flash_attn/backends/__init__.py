@@ -27,6 +27,12 @@ MODULES = {
     "reference": "flash_attn.backends.reference",
 }
 
+# backends that are asked for by entry points of their own but do not exist here
+ABSENT = {
+    "flaggems": "the FlagGems backend is not part of this release; its entry points in flash_attn.backward compute with the "
+    "backend chosen here",
+}
+
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flash_attn_backend", default=None)
 _log = logging.getLogger("flash_attn")
 
@@ -85,14 +91,14 @@ def choose_backend(problem: AttentionProblem, hardware: Hardware, requested: str
 
 
 def explain(problem: AttentionProblem, hardware: Hardware) -> dict[str, str]:
-    """Every backend's verdict on a problem: "runs it", "could run it", or why not."""
+    """Every backend's verdict on a problem: "runs it", "could run it", or why not. Absent backends say where they route."""
     verdicts: dict[str, str] = {}
     for name in MODULES:
         reason = load(name).unsupported(problem, hardware)
         if reason is None:
             reason = "could run it" if "runs it" in verdicts.values() else "runs it"
         verdicts[name] = reason
-    return verdicts
+    return {**verdicts, **ABSENT}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import dispatch
+from flash_attn.backends import ABSENT
 from flash_attn.backward.call import make_words
 
 _log = logging.getLogger("flash_attn")
@@ -18,10 +19,7 @@ _log = logging.getLogger("flash_attn")
 
 def routing() -> str:
     """Who computes these gradients, and why."""
-    return (
-        "the FlagGems backend is not part of this release; the backend that flash_attn selects for the problem "
-        "computes the gradients (flash_attn.backends.explain names it)"
-    )
+    return ABSENT["flaggems"]
 
 
 @torch.no_grad()

@@ -25,9 +25,6 @@ def mask(seed=1, p=0.5, heads=1, rows=256, cols=256) -> torch.Tensor:
     return random_bits.keep_mask(state(seed, 2**40 + 3), p, *map(torch.arange, (heads, rows, cols)))
 
 
-# ---- independent plain Python Philox, Salmon et al. 2011 ----
-
-
 def philox_4x32_plain(counter, key, rounds=10):
     c, k = list(counter), list(key)
     for _ in range(rounds):
@@ -101,9 +98,6 @@ def test_empty_axes():
         assert random_bits.keep_mask(state(1, 2), 0.5, *map(torch.arange, shape)).shape == shape
 
 
-# ---- the twin in Triton ----
-
-
 @triton.jit
 def mask_kernel(rng_state, keep_below, out, head, row, col, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     arguments = Dropout(rng_state, keep_below, 1.0)
@@ -156,8 +150,6 @@ def test_triton_interpreted_gives_the_same_bits(corner):
 def test_triton_compiled_gives_the_same_bits(corner, device):
     check_triton_twin(device, *corner)
 
-
-# ---- statistics: every bound is five standard deviations of the ideal generator, with fixed seeds ----
 
 SIGMAS = 5.0
 

@@ -58,9 +58,6 @@ def test_a_wrong_result_exits_with_1(function, fault):
     assert "FAILED" in done.stdout
 
 
-# ---- the numerical check's own rules ----
-
-
 def test_shares_of_exact_and_of_wrong_results():
     torch.manual_seed(0)
     truth = torch.randn(50, 32, dtype=torch.float64)
@@ -80,9 +77,6 @@ def test_lse_shares():
     assert diagnostics.lse_share(truth.float() + 0.01, truth) > 1.0
     assert diagnostics.lse_share(torch.tensor([[1.0, 0.0, 5.0]]), truth) == float("inf")
     assert diagnostics.lse_share(torch.tensor([[torch.nan, -torch.inf, 5.0]]), truth) == float("inf")
-
-
-# ---- client gates ----
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,6 @@ def gradients(out, inputs, seed):
     return torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
-# ---- packed forms ----
-
-
 @everywhere
 @pytest.mark.parametrize("name", OPTIONS)
 def test_dense_packed_forms_agree(name, device, seed):
@@ -105,9 +102,6 @@ def test_maximum_lengths_may_be_tensors(device, seed):
         flash_attn_varlen_func(q, q, q, cu, cu, longest, longest),
         flash_attn_varlen_func(q, q, q, cu, cu, MAX_SEQLEN, MAX_SEQLEN),
     )
-
-
-# ---- which tensors take gradients, and how often ----
 
 
 @everywhere
@@ -173,9 +167,6 @@ def test_the_backward_runs_on_the_backend_asked_for(device, seed, monkeypatch):
     with backends.use("reference"):
         flash_attn_func(q, q, q).sum().backward()
     assert used == ["reference"]
-
-
-# ---- strides ----
 
 
 @everywhere
@@ -283,9 +274,6 @@ def test_softmax_d_of_a_packed_batch_is_padded(device, seed):
     assert delta.shape == (H, 97 + 128 * 2)
 
 
-# ---- checkpoints and autocast ----
-
-
 @everywhere
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_repeats_the_dropout(use_reentrant, device, seed):
@@ -324,9 +312,6 @@ def test_backward_under_autocast_is_the_same(device, seed):
     wanted = gradients(flash_attn_func(*leaves), leaves, seed)
     with torch.autocast(device.type, dtype=FP16):
         calls.assert_equal(gradients(flash_attn_func(*leaves), leaves, seed), wanted)
-
-
-# ---- the classes and the function of flash_attn.backward ----
 
 
 @everywhere
@@ -369,8 +354,6 @@ def test_func_with_grad_takes_keywords(device, seed):
     torch.manual_seed(seed)
     calls.assert_equal(dropped, flash_attn_func(q, k, v, 0.2))
 
-
-# ---- return_attn_probs ----
 
 PROBS = {
     "dense": Case("probs", FP32, D, H, 2, (S, S), (150, 150), window=(60, 9), dropout_p=0.3),
@@ -446,8 +429,6 @@ def test_dropout_follows_the_generator(device, seed):
     assert not torch.equal(outs[0][0], outs[0][1]), "two calls drop the same weights"
     assert not torch.equal(outs[0][0], outs[2][0]), "two seeds drop the same weights"
 
-
-# ---- torch.library and torch.compile ----
 
 OPCHECKS = {
     "dense": Case("opcheck", FP32, 32, 4, 2, (17, 17), (33, 33), causal=True),

@@ -39,9 +39,6 @@ def test_gradients_match_the_truth(case, device, seed):
     expected(case, inputs, keep).check(**results)
 
 
-# ---- shapes ----
-
-
 @everywhere
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,9 +57,6 @@ def test_gradients_of_shared_heads_have_the_shapes_of_the_keys(device, seed):
     k, v = leaves((2, 47, 2, 64), BF16, device, seed + 1, 2)
     flash_attn_func(q, k, v).float().sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape and v.grad.shape == v.shape
-
-
-# ---- finite differences, in fp64 ----
 
 
 @everywhere
@@ -119,9 +113,6 @@ def test_every_entry_of_the_jacobian_of_a_packed_batch(device, seed):
         assert torch.autograd.gradcheck(attend, (q, k, v), rtol=1e-5, atol=1e-7)
 
 
-# ---- PyTorch's own attention ----
-
-
 def native_attention(q, k, v, causal):
     """(batch, seqlen, heads, headdim): the sequence and head axes swapped before the products, and back after."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -144,9 +135,6 @@ def test_gradients_agree_with_native_attention(shape, causal, device, seed):
         torch.autograd.grad(ours, (q, k, v), dout), torch.autograd.grad(native, (q, k, v), dout), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
-
-
-# ---- causal ----
 
 
 @everywhere

@@ -152,8 +152,6 @@ def test_lengths_share_a_binary(direction, feature, tmp_path, monkeypatch):
     assert len({id(launch.compiled) for launch in launches}) == len(kernels)
 
 
-# ---- the algebra in a Gluon kernel: functions that create shapes would lack its layouts ----
-
 SIZE = 64
 
 

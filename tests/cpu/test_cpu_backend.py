@@ -139,9 +139,6 @@ def test_any_softmax_scale(backend, scale, softcap, seed):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-# ---- S_dmask ----
-
-
 @pytest.mark.parametrize("layout", ["dense", "varlen"])
 def test_dropout_scores(backend, layout, seed, fixed_rng):
     case = Case("scores", FP32, 16, 4, 2, (70, 70), (150, 150), layout, (60, 9), dropout_p=0.3, softcap=5.0, alibi="h")
@@ -170,9 +167,6 @@ def test_dropout_scores_stay_within_the_maximum_lengths(backend, seed):
     assert scores.shape == (1, 2, 128, 128)
     assert scores.abs().amax() <= 1.0
     assert out.isfinite().all()
-
-
-# ---- packed batches: lengths, padding, pages, contents that are wrong ----
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=True, **extra):
@@ -366,9 +360,6 @@ def test_empty_dense_batches(backend, shape_q, shape_k):
     assert all(x.count_nonzero() == 0 for x in gradients)
 
 
-# ---- relations ----
-
-
 def test_strips_agree_with_the_fused_operator(monkeypatch, seed):
     """The same problems, once fused and once in strips of a few rows."""
     for causal, seqlen_k in ((True, 65), (False, 65), (False, 33)):
@@ -446,16 +437,10 @@ def test_dense_lengths_and_padding_of_a_batch():
     assert [tuple(s) for s in spans.spans(operands)] == [(0, 1, 0, 0, 3, 2, 5), (1, 1, 1, 0, 3, 4, 6)]
 
 
-# ---- which problems are refused ----
-
-
 def test_cpu_refuses_other_devices_in_a_sentence():
     some = problem.AttentionProblem("dense", "float32", 1, 16, 16, 1, 1, 16)
     assert cpu.unsupported(some, hardware.CPU) is None
     assert "cuda" in cpu.unsupported(some, hardware.Hardware("cuda", "sm_90", 132, 232448))
-
-
-# ---- memory ----
 
 
 class LargestTensor(TorchDispatchMode):

@@ -231,8 +231,6 @@ def test_bad_values_stay_in_their_sequence(bad, device, seed, guarded):
         calls.assert_equal([x[keys] for x in poisoned[3:]], [x[keys] for x in good[3:]])
 
 
-# ---- empty things ----
-
 everywhere_and_interpreted = pytest.mark.parametrize(
     "device", calls.places("cpu", "gpu", "interpreter"), indirect=True
 )  # in fp16: interpreted bf16 is wrong

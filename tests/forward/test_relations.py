@@ -40,9 +40,6 @@ def ends(lengths, device):
     return calls.int32([0, *torch.tensor(lengths).cumsum(0).tolist()], device)
 
 
-# ---- batches ----
-
-
 @everywhere
 @pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window_size=(40, 7))], ids=str)
 def test_a_packed_batch_is_its_sequences_one_by_one(options, device, seed):
@@ -101,8 +98,6 @@ def test_shared_key_heads_are_repeated_heads(heads_k, device, seed):
     calls.assert_near(shared, [*apart[:3], *sums], roundoffs=64)
 
 
-# ---- masks written in two ways ----
-
 SAME_MASKS = {
     "a window larger than the sequences": (dict(window_size=(500, 500)), {}),
     "a left side that reaches the first key": (dict(window_size=(128, -1)), {}),
@@ -149,9 +144,6 @@ def test_a_large_softcap_changes_little(device, seed):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-# ---- softmax_scale ----
-
-
 @everywhere
 @pytest.mark.parametrize("options", [{}, dict(causal=True, softcap=2.0)], ids=str)
 def test_a_negative_scale_is_a_negated_query(options, device, seed):
@@ -183,9 +175,6 @@ def test_the_default_scale(device, seed):
         results(lambda *x, s=s, **kw: flash_attn_func(*x, softmax_scale=s, **kw), leaves, seed) for s in (None, D**-0.5)
     )
     calls.assert_equal(one, other)
-
-
-# ---- pages, used lengths, left padding ----
 
 
 def into_pages(x, lengths, page_size, device, seed):

@@ -22,8 +22,6 @@ def operands(device, seed, *shape, dtype=BF16):
     return [calls.randn(*shape, dtype=dtype, device=device, seed=seed + i).requires_grad_() for i in range(3)]
 
 
-# ---- tiles ----
-
 EDGES = [63, 64, 65, 127, 128, 129, 255, 257]
 MUCH_LONGER = [(257, 63), (513, 65), (513, 1), (1, 257), (63, 513), (129, 640)]
 
@@ -53,9 +51,6 @@ def test_many_more_tiles_than_processors(device, seed):
     for batch in (0, 1, 999, 1999):
         part = slice(batch, batch + 1)
         calls.assert_near(whole[part], flash_attn_func(q[part], k[part], v[part], causal=True))
-
-
-# ---- streams and graphs ----
 
 
 def test_two_streams_at_once(device, seed):
@@ -127,8 +122,6 @@ def test_a_graph_replays_dropout_with_fresh_masks(device, seed):
     assert all(not torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i]), "replays repeat their mask"
     assert abs(torch.stack(outs).mean().item() - 1.0) < 0.05
 
-
-# ---- offsets ----
 
 ROW = 2**24  # elements between neighbours: row 128 lies past 2**31
 

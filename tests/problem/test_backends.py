@@ -50,9 +50,6 @@ def plans(monkeypatch):
     return fresh
 
 
-# ---- the choice ----
-
-
 def test_cpu_gets_the_cpu_backend():
     assert select_backend(problem("float32"), CPU).name == ("portable" if interpreting() else "cpu")
     assert select_backend(problem("bfloat16"), CPU).name == "cpu"
@@ -133,9 +130,6 @@ def test_environment_variable_that_cannot_be_followed(value, words):
     assert result.returncode != 0 and words in result.stderr
 
 
-# ---- refusals ----
-
-
 def test_no_silent_fallback():
     """A backend asked for by name runs or says why not, though another could run the problem."""
     for name, hardware, dtype in (
@@ -185,6 +179,8 @@ def test_unsupported_problem_lists_every_reason(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_explain_agrees_with_the_choice(hardware, dtype):
     verdicts = explain(problem(dtype), hardware)
+    for name, reason in backends.ABSENT.items():
+        assert verdicts.pop(name) == reason
     assert list(verdicts) == list(backends.MODULES)
     chosen = [name for name, verdict in verdicts.items() if verdict == "runs it"]
     assert chosen == [select_backend(problem(dtype), hardware).name]
@@ -198,9 +194,6 @@ def test_falling_back_to_plain_pytorch_is_logged(caplog):
     with caplog.at_level("WARNING", logger="flash_attn"):
         assert select_backend(problem("float16", headdim=61), TURING).name == "reference"
     assert "plain PyTorch" in caplog.text and "Ampere" in caplog.text
-
-
-# ---- plans ----
 
 
 def tensors(seed, layout="contiguous", dtype=torch.float32, seqlen=19, headdim=16):
@@ -293,9 +286,6 @@ def test_plans_are_bounded(plans, monkeypatch):
         x = torch.zeros(1, seqlen, 1, 8)
         flash_attn.flash_attn_func(x, x, x)
         assert len(plans) <= 4
-
-
-# ---- launch configurations ----
 
 
 def configurations(asked, hardware, tma):

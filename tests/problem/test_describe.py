@@ -87,8 +87,6 @@ def ids(fault: Fault) -> str:
     return fault.name.replace(" ", "-")
 
 
-# ---- what dense and packed calls share ----
-
 NUMBERS = [
     Fault("dropout 1", dict(dropout_p=1.0), "p_dropout must be", ("< 1", "1.0")),
     Fault("dropout above 1", dict(dropout_p=1.5), "p_dropout must be", ("1.5",)),
@@ -136,9 +134,6 @@ def slopes_faults(batch_size):
             ("cpu", "meta"),
         ),
     ]  # fmt: skip
-
-
-# ---- dense ----
 
 
 def attend_dense(**changes):
@@ -245,9 +240,6 @@ def test_operands_with_a_strided_last_dimension(wrong):
     with pytest.raises(InvalidArgument, match=r"^Input tensor must have contiguous last dimension.* 2"):
         describe(**tensors, dropout_p=0.0, softmax_scale=1.0, causal=False, window_size_left=-1, window_size_right=-1,
                  softcap=0.0)  # fmt: skip
-
-
-# ---- packed batches and pages ----
 
 
 def varlen_arguments():
@@ -394,9 +386,6 @@ def test_cu_seqlens_come_together(recorder):
     assert recorder.calls == []
 
 
-# ---- backward ----
-
-
 def gradient_arguments():
     q, k = half(B, SQ, H, D), half(B, SK, HK, D)
     tensors = dict(dout=q, q=q, k=k, v=k, out=q, softmax_lse=torch.zeros(B, H, SQ))
@@ -484,9 +473,6 @@ def test_gradients_of_a_packed_batch(recorder):
 def test_a_correct_backward_reaches_the_backend(recorder):
     _flash_attn_backward(**gradient_arguments())
     assert recorder.calls == ["backward"]
-
-
-# ---- the problem of a correct call ----
 
 
 def described(**changes):
