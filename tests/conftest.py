@@ -57,8 +57,6 @@ def poison(monkeypatch):
 def _poisoned(allocate):
     def allocate_poisoned(*args, **kwargs):
         x = allocate(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return x
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.split(".")[0] == "flash_attn" and x.is_floating_point():
             x.fill_(torch.nan)

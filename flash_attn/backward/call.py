@@ -41,10 +41,19 @@ def make_words(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> Words:
+    """The options as plain numbers: callers also pass one-element tensors."""
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
-    window = parse_window(window_size)
-    return Words(dropout_p, softmax_scale, causal, window, softcap, deterministic, max_seqlen_q, max_seqlen_k)
+    return Words(
+        float(dropout_p),
+        float(softmax_scale),
+        bool(causal),
+        parse_window(window_size),
+        float(softcap),
+        deterministic,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
 
 
 def _observed(x: Tensor) -> bool:
