@@ -1,5 +1,6 @@
 """What a call runs on, as a value; the only place that queries devices."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ class Hardware(NamedTuple):
     shared_memory: int  # bytes one program may use
 
 
+_UNGUARDED = contextlib.nullcontext()
 CPU = Hardware("cpu", "", 1, 0)
 
 
@@ -53,12 +55,3 @@ def raw_stream_getter(device: torch.device) -> Callable[[], int] | None:
     if device.type != "cuda":
         return None
     return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
-
-
-class _Unguarded:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-_UNGUARDED = _Unguarded()

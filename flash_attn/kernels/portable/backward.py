@@ -18,7 +18,7 @@ from flash_attn.kernels.algebra.interval import block_bounds, query_interval, vi
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_weights
 from flash_attn.kernels.algebra.span import load_span
-from flash_attn.kernels.portable.forward import key_block_bounds
+from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds
 from flash_attn.kernels.portable.tiles import load_rows, row_base, sequence_base, store_rows
 
 
@@ -62,9 +62,6 @@ def accumulate_dq(
                                     span, window, score, slope, dropout, key)  # fmt: skip
         dq = tl.dot(dqk.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
-
-
-LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right", "nheads"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
