@@ -102,9 +102,11 @@ def test_empty_axes():
 def mask_kernel(rng_state, keep_below, out, head, row, col, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     arguments = Dropout(rng_state, keep_below, 1.0)
     key = dropout.load_key(arguments, tl.program_id(0) * 0 + head)
-    rows = row + tl.arange(0, BLOCK_M)[:, None]
-    cols = col + tl.arange(0, BLOCK_N)[None, :]
-    keep = dropout.keep_mask(arguments, key, rows, cols)
+    row_lanes = row % 16 + tl.arange(0, BLOCK_M)[:, None]
+    col_lanes = col % 16 + tl.arange(0, BLOCK_N)[None, :]
+    row_word = dropout.row_words(arguments, key, row - row % 16, row_lanes)
+    col_word = dropout.col_words(arguments, key, col - col % 16, col_lanes)
+    keep = dropout.keep_mask(arguments, dropout.random_bits(arguments, key, row_lanes, col_lanes, row_word, col_word))
     tl.store(out + tl.arange(0, BLOCK_M)[:, None] * size + tl.arange(0, BLOCK_N)[None, :], keep.to(tl.int8))
 
 

@@ -8,7 +8,15 @@ from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 
 from flash_attn.kernels.algebra.arguments import Dropout, Pages, Score, Sequences, Window  # noqa: E402
-from flash_attn.kernels.algebra.dropout import drop, keep_mask, kept_scale, load_key  # noqa: E402
+from flash_attn.kernels.algebra.dropout import (  # noqa: E402
+    col_words,
+    drop,
+    keep_mask,
+    kept_scale,
+    load_key,
+    random_bits,
+    row_words,
+)
 from flash_attn.kernels.algebra.interval import block_bounds, key_interval, query_interval, visible  # noqa: E402
 from flash_attn.kernels.algebra.locate import locate_keys  # noqa: E402
 from flash_attn.kernels.algebra.score import (  # noqa: E402
@@ -192,10 +200,12 @@ def probe_kernel(
     elif FUNCTION == "softmax_weights":
         weights = softmax_weights(tile, 1.0, lse_log2(row_values)[:, None])
         tile = softmax_backward(weights, tile, row_values[:, None])
-    elif FUNCTION == "keep_mask":
+    elif FUNCTION == "drop":
         key = load_key(dropout, batch)
-        keep = keep_mask(dropout, key, rows[:, None], cols[None, :])
-        tile = drop(tile, keep) * kept_scale(dropout)
+        row_word = row_words(dropout, key, batch * SIZE, rows[:, None])
+        col_word = col_words(dropout, key, batch * SIZE, cols[None, :])
+        bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
+        tile = gl.where(keep_mask(dropout, bits), tile, drop(dropout, bits, tile)) * kept_scale(dropout)
     elif FUNCTION == "load_span":
         found = load_span(sequences, False, batch, 8, 8, 8, 8)
         tile += found.start_q + found.start_k + found.seqlen_q + found.seqlen_k
@@ -207,7 +217,7 @@ def probe_kernel(
 
 FUNCTIONS = (
     "key_interval", "query_interval", "visible", "block_bounds", "score_forward", "score_backward", "softmax_step",
-    "softmax_weights", "keep_mask", "load_span", "locate_keys",
+    "softmax_weights", "drop", "load_span", "locate_keys",
 )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ bits themselves depend on no tile size and no backend. Philox per weight, or per
 import triton
 import triton.language as tl
 
+from flash_attn.kernels.algebra.score import speaks_ptx
+
 ROW_STEP = tl.constexpr(0x9E3779B1)
 COL_STEP = tl.constexpr(0x85EBCA77)
 MIX = tl.constexpr(0x7FEB352D)
@@ -31,35 +33,72 @@ def load_key(dropout, batch_head):
 
 
 @triton.jit
-def patch_index(positions):
-    """Number of the patch of each position: positions p and p + 8 of every 16 share one."""
-    return (((positions >> 4) << 3) | (positions & 7)).to(tl.uint32)
+def patch_words(first, lanes, step, key):
+    """Hash input of the patch of each position first + lanes; first is a multiple of 16.
+
+    Positions p and p + 8 of every 16 share a patch. Split off the scalar, their words are visibly equal to the compiler.
+    """
+    patch = ((lanes >> 4) << 3) | (lanes & 7)
+    return patch.to(tl.uint32) * step + (tl.cast(first >> 1, tl.uint32) * step + key)
 
 
 @triton.jit
-def patch_hash(rows, cols, key):
-    """(high, low) hashed 32-bit words of each patch; rows and cols broadcast to the tile."""
-    row_key, col_key, mix_key = key
-    x = (patch_index(rows) * ROW_STEP + row_key) ^ (patch_index(cols) * COL_STEP + col_key)
-    x = x * MIX
-    x = x ^ (x >> 15) ^ mix_key
-    return x * FINISH_HIGH, x * FINISH_LOW
+def row_words(dropout, key, first, lanes):
+    """Hash input of the query positions first + lanes; 0 without dropout."""
+    words = 0
+    if dropout.rng_state is not None:
+        words = patch_words(first, lanes, ROW_STEP, key[0])
+    return words
 
 
 @triton.jit
-def keep_mask(dropout, key, rows, cols):
-    """Whether each weight is kept; rows and cols broadcast to the tile, `key` is from load_key."""
-    high, low = patch_hash(rows, cols, key)
-    word = tl.where((rows & 8) != 0, high, low)
-    bits = tl.where((cols & 8) != 0, word, word << 16)
-    last_kept = (tl.cast(dropout.keep_below, tl.uint32) << 16) - 1
-    return bits <= last_kept
+def col_words(dropout, key, first, lanes):
+    """Hash input of the key positions first + lanes; 0 without dropout."""
+    words = 0
+    if dropout.rng_state is not None:
+        words = patch_words(first, lanes, COL_STEP, key[1])
+    return words
 
 
 @triton.jit
-def drop(weights, keep):
-    """Dropped weights as 0; kept ones still lack the factor `kept_scale`, which finished sums get once. Its own VJP."""
-    return tl.where(keep, weights, 0.0)
+def random_bits(dropout, key, rows, cols, row_word, col_word):
+    """16 random bits of each weight, in the upper half of a word; rows and cols broadcast to the tile. 0 without dropout."""
+    bits = 0
+    if dropout.rng_state is not None:
+        x = (row_word ^ col_word) * MIX
+        x = x ^ (x >> 15) ^ key[2]
+        word = tl.where((rows & 8) != 0, x * FINISH_HIGH, x * FINISH_LOW)
+        bits = tl.where((cols & 8) != 0, word, word << 16)
+    return bits
+
+
+@triton.jit
+def last_kept(dropout):
+    """The largest word of `random_bits` whose weight is kept."""
+    return (tl.cast(dropout.keep_below, tl.uint32) << 16) - 1
+
+
+@triton.jit
+def keep_mask(dropout, bits):
+    """Whether each weight is kept."""
+    return bits <= last_kept(dropout)
+
+
+@triton.jit
+def drop(dropout, bits, weights):
+    """Dropped weights as 0; kept ones still lack the factor `kept_scale`, which finished sums get once. Its own VJP.
+
+    In PTX one comparison and one selection: left to itself the compiler packs the comparisons of a tile into words first,
+    twice the instructions (H200, 2026-11-22).
+    """
+    if speaks_ptx():
+        kept = tl.inline_asm_elementwise(
+            "{ .reg .pred keep; setp.ls.u32 keep, $2, $3; selp.f32 $0, $1, 0f00000000, keep; }",
+            "=f,f,r,r", [weights, bits, last_kept(dropout)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        kept = tl.where(keep_mask(dropout, bits), weights, 0.0)
+    return kept
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.dropout import drop, keep_mask, kept_scale, load_key
+from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_weights
@@ -23,7 +23,7 @@ from flash_attn.kernels.portable.tiles import load_rows, row_base, sequence_base
 
 
 @triton.jit
-def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window, score, slope, dropout, key):
+def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window, score, slope, dropout, bits):
     """(weights that multiplied v, gradient of qk) of one tile: the whole chain rule, for either orientation of the tile."""
     tile = score_forward(qk, rows, cols, span, score, slope)
     weights = softmax_weights(tile, unit_log2(score), row_lse)
@@ -31,22 +31,22 @@ def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window,
         weights = tl.where(visible(rows, cols, span, window), weights, 0.0)
     used = weights
     if dropout.rng_state is not None:
-        keep = keep_mask(dropout, key, rows, cols)
-        used = drop(weights, keep)
-        dp = drop(dp, keep) * kept_scale(dropout)
+        used = drop(dropout, bits, weights)
+        dp = drop(dropout, bits, dp) * kept_scale(dropout)
     return used, score_backward(softmax_backward(weights, dp, row_delta), qk, score)
 
 
 @triton.jit
 def accumulate_dq(
     q_tile, dout_tile, row_lse, row_delta, k, v, k_desc, v_desc, k_base, v_base, batch, head_k, rows, span, window, score,
-    slope, dropout, key, bounds,
+    slope, dropout, key, row_word, bounds,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum of dS k over the key blocks that one query block sees."""
     begin, full_begin, full_end, end = bounds
     dq = tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32)
+    lanes = tl.arange(0, BLOCK_N)
     for n_block in tl.range(begin, end, num_stages=STAGES):
         if k_desc is not None:
             k_tile = k_desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
@@ -56,10 +56,12 @@ def accumulate_dq(
             v_tile = load_rows(v, v_base, n_block * BLOCK_N, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         dp = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
-        cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = n_block * BLOCK_N + lanes
+        col_word = col_words(dropout, key, n_block * BLOCK_N, lanes[None, :])
+        bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
         masked = (n_block < full_begin) | (n_block >= full_end)
         _used, dqk = tile_gradients(qk, dp, row_lse[:, None], row_delta[:, None], rows[:, None], cols[None, :], masked,
-                                    span, window, score, slope, dropout, key)  # fmt: skip
+                                    span, window, score, slope, dropout, bits)  # fmt: skip
         dq = tl.dot(dqk.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
@@ -100,7 +102,8 @@ def attn_bwd_dq_kernel(
     key = load_key(dropout, batch_head)
     acc = accumulate_dq(
         q_tile, dout_tile, row_lse, row_delta, k, v, k_desc, v_desc, k_base, v_base, batch, head_k, rows, span, window,
-        score, slope, dropout, key, key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
+        score, slope, dropout, key, row_words(dropout, key, first, tl.arange(0, BLOCK_M)[:, None]),
+        key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     store_rows(dq, sequence_base(dq, batch, head, span.start_q), acc * gradient_scale(score), first, span.seqlen_q,
@@ -119,8 +122,8 @@ def group_step(step, num_blocks, group):
 
 @triton.jit
 def accumulate_dkdv(
-    k_tile, v_tile, q, dout, q_desc, dout_desc, delta, row_lse_log2, batch, head_k, group, cols, span, window, score, dropout,
-    nheads, bounds,
+    k_tile, v_tile, q, dout, q_desc, dout_desc, delta, row_lse_log2, batch, head_k, group, first, cols, span, window, score,
+    dropout, nheads, bounds,
     WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +133,12 @@ def accumulate_dkdv(
     dv = tl.zeros([BLOCK_N, HEAD_DIM_PAD], tl.float32)
     slope = load_slope(score, batch, head_k * group)
     key = load_key(dropout, batch * nheads + head_k * group)
+    lanes = tl.arange(0, BLOCK_M)
     for step in tl.range(0, (end - begin) * group, num_stages=STAGES):
         member, block = group_step(step, end - begin, group)
         head = head_k * group + member
         m_block = begin + block
-        rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = m_block * BLOCK_M + lanes
         if q_desc is not None:
             q_tile = q_desc.load([batch, m_block * BLOCK_M, head, 0]).reshape(BLOCK_M, HEAD_DIM_PAD)
             dout_tile = dout_desc.load([batch, m_block * BLOCK_M, head, 0]).reshape(BLOCK_M, HEAD_DIM_PAD)
@@ -152,9 +156,12 @@ def accumulate_dkdv(
         if (block == 0) & (member > 0):
             slope = load_slope(score, batch, head)
             key = load_key(dropout, batch * nheads + head)
+        row_word = row_words(dropout, key, m_block * BLOCK_M, lanes[None, :])
+        col_word = col_words(dropout, key, first, tl.arange(0, BLOCK_N)[:, None])
+        bits = random_bits(dropout, key, rows[None, :], cols[:, None], row_word, col_word)
         masked = (m_block < full_begin) | (m_block >= full_end)
         used, dqk = tile_gradients(qk, dp, row_lse[None, :], row_delta[None, :], rows[None, :], cols[:, None], masked,
-                                   span, window, score, slope, dropout, key)  # fmt: skip
+                                   span, window, score, slope, dropout, bits)  # fmt: skip
         if WITH_DV:
             dv = tl.dot(used.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
         if WITH_DK:
@@ -199,8 +206,8 @@ def attn_bwd_dkdv_kernel(
     v_base = sequence_base(v, batch, head_k, span.start_k)
     v_tile = load_rows(v, v_base, first, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     dk_acc, dv_acc = accumulate_dkdv(
-        k_tile, v_tile, q, dout, q_desc, dout_desc, delta, row_lse_log2, batch, head_k, group, cols, span, window, score,
-        dropout, nheads, query_block_bounds(n_block, span, window, BLOCK_M, BLOCK_N),
+        k_tile, v_tile, q, dout, q_desc, dout_desc, delta, row_lse_log2, batch, head_k, group, first, cols, span, window,
+        score, dropout, nheads, query_block_bounds(n_block, span, window, BLOCK_M, BLOCK_N),
         dk is not None, dv is not None, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     if dk is not None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.dropout import drop, keep_mask, kept_scale, load_key
+from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, key_interval, visible
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
@@ -37,7 +37,7 @@ def load_keys(
     if desc is not None:
         tile = desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
     elif pages.block_table is not None:
-        cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = n_block * BLOCK_N + lanes
         tile = load_paged_rows(t, pages, batch, head_k, span.start_k, cols, span.seqlen_k, HEAD_DIM, HEAD_DIM_PAD)
     else:
         tile = load_rows(t, base, n_block * BLOCK_N, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
@@ -47,7 +47,7 @@ def load_keys(
 @triton.jit
 def attend(
     q_tile, k, v, k_desc, v_desc, k_base, v_base, pages, batch, head_k, rows, span, window, score, slope, dropout, key,
-    bounds,
+    row_word, bounds,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -57,16 +57,19 @@ def attend(
     acc = tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    lanes = tl.arange(0, BLOCK_N)
     for n_block in tl.range(begin, end, num_stages=STAGES):
         k_tile = load_keys(k, k_desc, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = n_block * BLOCK_N + lanes
         tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)
         if (n_block < full_begin) | (n_block >= full_end):
             tile = tl.where(visible(rows[:, None], cols[None, :], span, window), tile, float("-inf"))
         weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
         if dropout.rng_state is not None:
-            weights = drop(weights, keep_mask(dropout, key, rows[:, None], cols[None, :]))
+            col_word = col_words(dropout, key, n_block * BLOCK_N, lanes[None, :])
+            bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
+            weights = drop(dropout, bits, weights)
         v_tile = load_keys(v, v_desc, v_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
@@ -101,7 +104,7 @@ def attn_fwd_kernel(
     key = load_key(dropout, batch_head)
     acc, row_max, row_sum = attend(
         q_tile, k, v, k_desc, v_desc, k_base, v_base, pages, batch, head_k, rows, span, window, score, slope, dropout, key,
-        key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
+        row_words(dropout, key, m_block * BLOCK_M, tl.arange(0, BLOCK_M)[:, None]), key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))

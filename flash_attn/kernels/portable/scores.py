@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.dropout import keep_mask, load_key
+from flash_attn.kernels.algebra.dropout import col_words, keep_mask, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import visible
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_step
@@ -50,6 +50,7 @@ def attn_scores_kernel(
     k_base = sequence_base(k, batch, head_k, span.start_k)
     slope = load_slope(score, batch, head)
     key = load_key(dropout, batch_head)
+    row_word = row_words(dropout, key, m_block * BLOCK_M, tl.arange(0, BLOCK_M)[:, None])
     unit = unit_log2(score)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -66,7 +67,9 @@ def attn_scores_kernel(
         tile, cols = masked_scores(q_tile, k, k_base, pages, batch, head_k, n_block, rows, span, window, score, slope,
                                    BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION)  # fmt: skip
         weights = tl.math.exp2(tile * unit - pivot_log2[:, None])
-        weights = tl.where(keep_mask(dropout, key, rows[:, None], cols[None, :]), weights, -weights)
+        col_word = col_words(dropout, key, n_block * BLOCK_N, tl.arange(0, BLOCK_N)[None, :])
+        bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
+        weights = tl.where(keep_mask(dropout, bits), weights, -weights)
         inside = (rows < tl.minimum(span.seqlen_q, seqlen_q))[:, None] & (cols < last)[None, :]
         pointers = base + rows.to(tl.int64)[:, None] * stride_s + cols[None, :]
         tl.store(pointers, weights.to(scores.dtype.element_ty), mask=inside)
