@@ -20,6 +20,7 @@ class BackwardConfig(NamedTuple):
 
 
 DkdvConfig = BackwardConfig | tuple[BackwardConfig, BackwardConfig]
+HopperTable = dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]]
 
 
 def dq_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> BackwardConfig:
@@ -45,15 +46,23 @@ def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> tuple[B
     if hardware.kind == "hip":
         return (RDNA if hardware.arch.startswith("gfx1") else CDNA)[pad]
     if hardware.arch == "sm_90":
-        return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
+        return _hopper_table(problem, tma)[pad][problem.causal]
     return NVIDIA[pad]
+
+
+def _hopper_table(problem: AttentionProblem, tma: bool) -> HopperTable:
+    if not tma:
+        return HOPPER
+    if problem.dropout:
+        return HOPPER_TMA_DROPOUT
+    return HOPPER_TMA_SOFTCAP if problem.softcap else HOPPER_TMA
 
 
 INTERPRETER = (BackwardConfig(16, 16, 4, 1), BackwardConfig(16, 16, 4, 1))
 
 # (not causal, causal), each (dq, dkdv); H200, bf16, 16k tokens, hidden 2048, 2026-11-22, benchmarks/tune.py
 _small = (BackwardConfig(128, 64, 4, 2), BackwardConfig(64, 128, 4, 2))
-HOPPER_TMA: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
+HOPPER_TMA: HopperTable = {
     16: (_small, _small),
     32: (_small, _small),
     64: (
@@ -75,7 +84,20 @@ HOPPER_TMA: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
         ),
     ),
 }
-HOPPER: dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]] = {
+HOPPER_TMA_SOFTCAP: HopperTable = HOPPER_TMA | {
+    64: (
+        (BackwardConfig(64, 64, 4, 3, tma=True), BackwardConfig(32, 128, 4, 3, tma=True)),
+        (BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(32, 64, 4, 2, tma=True)),
+    ),
+}
+HOPPER_TMA_DROPOUT: HopperTable = HOPPER_TMA | {
+    64: ((BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(64, 64, 4, 1)),) * 2,
+    128: (
+        (BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(32, 64, 4, 3, tma=True)),
+        (BackwardConfig(64, 64, 4, 2, tma=True), BackwardConfig(32, 64, 4, 2, tma=True)),
+    ),
+}
+HOPPER: HopperTable = {
     16: (_small, _small),
     32: (_small, _small),
     64: (

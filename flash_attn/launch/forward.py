@@ -38,7 +38,10 @@ def _choose(problem: AttentionProblem, hardware: Hardware, tma: bool) -> Forward
     if hardware.kind == "hip":
         return (RDNA if hardware.arch.startswith("gfx1") else CDNA)[pad]
     if hardware.arch == "sm_90":
-        return (HOPPER_TMA if tma else HOPPER)[pad][problem.causal]
+        table = HOPPER
+        if tma:
+            table = HOPPER_TMA_BUSY if problem.softcap or problem.dropout else HOPPER_TMA
+        return table[pad][problem.causal]
     return NVIDIA[pad]
 
 
@@ -62,6 +65,8 @@ HOPPER_TMA = {
     128: (ForwardConfig(128, 64, 4, 2, tma=True), ForwardConfig(64, 64, 4, 3, tma=True)),
     256: (ForwardConfig(128, 64, 8, 2), ForwardConfig(128, 64, 8, 2)),
 }
+# with softcap or dropout, whose extra work between the products wants more programs side by side
+HOPPER_TMA_BUSY = HOPPER_TMA | {128: (ForwardConfig(64, 64, 4, 3, tma=True),) * 2}
 HOPPER = {
     16: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),
     32: (ForwardConfig(128, 64, 4, 3), ForwardConfig(128, 64, 4, 3)),

@@ -37,7 +37,7 @@ def load_keys(
     if desc is not None:
         tile = desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
     elif pages.block_table is not None:
-        cols = n_block * BLOCK_N + lanes
+        cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = load_paged_rows(t, pages, batch, head_k, span.start_k, cols, span.seqlen_k, HEAD_DIM, HEAD_DIM_PAD)
     else:
         tile = load_rows(t, base, n_block * BLOCK_N, span.seqlen_k, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
@@ -104,7 +104,8 @@ def attn_fwd_kernel(
     key = load_key(dropout, batch_head)
     acc, row_max, row_sum = attend(
         q_tile, k, v, k_desc, v_desc, k_base, v_base, pages, batch, head_k, rows, span, window, score, slope, dropout, key,
-        row_words(dropout, key, m_block * BLOCK_M, tl.arange(0, BLOCK_M)[:, None]), key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
+        row_words(dropout, key, m_block * BLOCK_M, tl.arange(0, BLOCK_M)[:, None]),
+        key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
