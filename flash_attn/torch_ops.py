@@ -23,6 +23,15 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else contiguous_last(x)
 
 
+def observed(x: Tensor) -> bool:
+    """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
 def _flash_attn_forward(
     q: Tensor,

@@ -17,11 +17,12 @@ ALIGNMENT = 16  # bytes; Triton compiles separately for pointers that are multip
 
 
 class Launcher:
-    """A kernel bound to everything but its tensors.
+    """A kernel bound to everything but its tensors and the numbers that vary from call to call.
 
     `build(addresses, tensors)` returns the kernel's positional arguments as plain tuples and numbers, where `addresses` holds
     the tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
     NamedTuple of each leading argument, which Triton's dispatch needs and a compiled kernel does not; None for the others.
+    `numbers` follow those arguments; the kernel must not specialise on them.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Launcher:
         self.options = options
         self.launch_compiled: Callable[..., None] | None = None
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
         """Launch on the current stream of the tensors' device."""
         if self.num_programs == 0:
             return
@@ -56,7 +57,7 @@ class Launcher:
                 misaligned |= address
                 addresses.append(address)
         if self.launch_compiled is None or misaligned % ALIGNMENT or _profiled():
-            self._dispatch(tensors, aligned=misaligned % ALIGNMENT == 0)
+            self._dispatch(tensors, numbers, aligned=misaligned % ALIGNMENT == 0)
             return
         self.launch_compiled(
             self.num_programs,
@@ -69,16 +70,17 @@ class Launcher:
             None,
             None,
             *self.build(addresses, tensors),
+            *numbers,
             *self.constant_values,
         )
 
-    def _dispatch(self, tensors: Sequence[Tensor | None], aligned: bool) -> None:
+    def _dispatch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
         arguments = list(self.build(tensors, tensors))
         for index, kind in enumerate(self.kinds):
             if kind is not None and arguments[index] is not None:
                 arguments[index] = kind(*arguments[index])
-        compiled = self.kernel[(self.num_programs,)](*arguments, **self.constants, **self.options)
+        compiled = self.kernel[(self.num_programs,)](*arguments, *numbers, **self.constants, **self.options)
         device = next(tensor.device for tensor in tensors if tensor is not None)
         stream = hardware.raw_stream_getter(device)
         if aligned and stream is not None:

@@ -29,17 +29,24 @@ SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still ma
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
     """Why Triton's kernels cannot run the problem, or None."""
-    if not _triton_installed():
-        return "Triton is not installed; `pip install triton` adds it"
-    if problem.dtype == "float64":
-        return "float64 is not a Triton kernel dtype here; the reference backend computes it"
-    if hardware.kind == "cpu":
-        if not _interpreting():
-            return "Triton compiles for GPUs; on the CPU it runs only in its interpreter (TRITON_INTERPRET=1)"
-        if problem.dtype == "bfloat16":
-            return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 with it"
+    reason = no_kernels(problem.dtype, hardware)
+    if reason is not None:
+        return reason
+    if hardware.kind == "cpu" and problem.dtype == "bfloat16":
+        return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 with it"
     if hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) < 80:
         return f"FlashAttention only supports Ampere GPUs or newer, this one is {hardware.arch}"
+    return None
+
+
+def no_kernels(dtype: str, hardware: Hardware) -> str | None:
+    """Why no kernel of ours runs on operands of that dtype, whatever it computes, or None."""
+    if not _triton_installed():
+        return "Triton is not installed; `pip install triton` adds it"
+    if dtype == "float64":
+        return "float64 is not a Triton kernel dtype here; the reference backend computes it"
+    if hardware.kind == "cpu" and not _interpreting():
+        return "Triton compiles for GPUs; on the CPU it runs only in its interpreter (TRITON_INTERPRET=1)"
     return None
 
 

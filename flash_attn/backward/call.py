@@ -56,15 +56,6 @@ def make_words(
     )
 
 
-def _observed(x: Tensor) -> bool:
-    """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
-
-
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
     if torch.compiler.is_compiling():
@@ -110,7 +101,7 @@ def attend(
         alibi_slopes,
         return_softmax,
     )
-    if not _observed(q):
+    if not torch_ops.observed(q):
         return dispatch.forward(
             q,
             k,
@@ -135,7 +126,7 @@ def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not _observed(q) or block_table is not None:
+    if not torch_ops.observed(q) or block_table is not None:
         dispatch.backward(
             *tensors,
             *numbers,

@@ -1,0 +1,1 @@
+"""Layers under upstream's import paths."""
