@@ -172,7 +172,7 @@ class RotaryEmbedding(torch.nn.Module):
             and seqlen <= self._seq_len_cached
             and known.device == device
             and known.dtype == dtype
-            and not (self.training and known.is_inference())
+            and (torch.compiler.is_compiling() or not (self.training and known.is_inference()))
         ):
             return
         self._seq_len_cached = seqlen

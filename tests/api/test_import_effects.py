@@ -23,6 +23,7 @@ filters, threads = list(__import__("warnings").filters), torch.get_num_threads()
 start = time.perf_counter()
 import flash_attn
 import flash_attn.flash_attn_interface
+import flash_attn.layers.rotary
 seconds = time.perf_counter() - start
 print(json.dumps({
     "new_modules": sorted({name.split(".")[0] for name in set(sys.modules) - modules}),

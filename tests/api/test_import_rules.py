@@ -76,8 +76,11 @@ RULES = {
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops")),
     "kvcache": Rule(("kvcache", "problem", "backward", "torch_ops")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
-    "layers": Rule(("layers", "ops", "problem", "torch_ops")),
-    "ops": Rule(("ops", "problem", "torch_ops")),
+    "layers": Rule(("layers", "ops", "backward.call", "backends")),
+    "ops.triton.rotary": Rule(
+        ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
+    ),
+    "ops": Rule((), ()),
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
@@ -88,10 +91,19 @@ LAZY_ONLY = {
     "backends.launcher": ("triton",),
     "backends.portable": ("triton", "kernels"),
     "backends.hopper": ("triton", "kernels"),
+    "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
 }
 
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14
-UPSTREAM_SIGNATURES = ("flash_attn_interface.", "torch_ops.", "flash_attn_2_cuda.", "backward.", "kvcache.")
+UPSTREAM_SIGNATURES = (
+    "flash_attn_interface.",
+    "torch_ops.",
+    "flash_attn_2_cuda.",
+    "backward.",
+    "kvcache.",
+    "layers.",
+    "ops.",
+)
 
 # What may be larger: a name or pattern of names -> (how large, why).
 EXCEPTIONS: dict[str, tuple[int, str]] = {

@@ -65,6 +65,14 @@ def test_first_launch_is_dispatched_and_later_ones_are_direct(recorder):
     assert recorder.direct == [wanted] and len(recorder.dispatched) == 1
 
 
+def test_numbers_follow_what_is_bound(recorder):
+    launch, x = make(recorder), aligned()
+    launch(x, None, numbers=(8, 9))
+    launch(x, None, numbers=(10, 11))
+    assert recorder.dispatched[0][1][1:] == (None, 5, 8, 9)
+    assert recorder.direct[0][-6:] == ((x.data_ptr(), 7), None, 5, 10, 11, 64)
+
+
 def test_misaligned_pointers_are_always_dispatched(recorder):
     launch = make(recorder)
     launch(aligned(4), None)

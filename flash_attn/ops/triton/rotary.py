@@ -170,7 +170,7 @@ def _rotate(x: Tensor, turn: Turn, inplace: bool) -> Tensor:
     _check_lengths(plan.seqlen if plan.seqlen is not None else max_seqlen, turn)
     source = contiguous_last(x)
     if plan.launch is None:
-        out = source if inplace else source.clone()
+        out = source if inplace else source.detach().clone()
         _rotate_in_pytorch(out, turn)
     else:
         out = source if inplace else torch.empty_like(source)
@@ -301,18 +301,22 @@ def _rotate_in_pytorch(x: Tensor, turn: Turn) -> None:
 
 def _positions(x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """(position, whether the token belongs to a sequence), (batch, seqlen), packed (total_seqlen,)."""
-    offsets = turn.seqlen_offset if turn.seqlen_offsets is None else turn.seqlen_offsets.long()
     if turn.cu_seqlens is None:
         row = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        return row + (offsets[:, None] if isinstance(offsets, Tensor) else offsets), torch.ones_like(
-            row, dtype=torch.bool
-        )
-    token, cu_seqlens = torch.arange(x.shape[0], device=x.device), turn.cu_seqlens.long()
-    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-    found = sequence < cu_seqlens.shape[0] - 1
-    sequence = torch.where(found, sequence, 0)
-    row = token - cu_seqlens[sequence]
-    return row + (offsets[sequence] if isinstance(offsets, Tensor) else offsets), found & (row >= 0)
+        sequence = torch.arange(x.shape[0], device=x.device)[:, None]
+        known = torch.ones_like(row, dtype=torch.bool)
+    else:
+        token, cu_seqlens = torch.arange(x.shape[0], device=x.device), turn.cu_seqlens.long()
+        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+        known = sequence < cu_seqlens.shape[0] - 1
+        sequence = torch.where(known, sequence, 0)
+        row = token - cu_seqlens[sequence]
+        known &= row >= 0
+    if turn.seqlen_offsets is None:
+        return row + turn.seqlen_offset, known
+    if turn.seqlen_offsets.numel() == 0:
+        return row, known
+    return row + turn.seqlen_offsets.long()[sequence], known
 
 
 def _check(x: Tensor, turn: Turn) -> None:
