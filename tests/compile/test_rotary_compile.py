@@ -1,4 +1,4 @@
-"""The rotary kernel compiles for every architecture without a spilled register, and moves 16 bytes a load where strides allow."""
+"""The rotary kernel compiles for every architecture without spills, and moves 16 bytes a load where strides allow."""
 
 from unittest import mock
 

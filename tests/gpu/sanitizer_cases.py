@@ -1,4 +1,4 @@
-"""Ten small problems forward and backward, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
+"""Eleven small problems forward and backward, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
 
 Few kernel variants, so that compilation stays short; PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of
 its own, so that the sanitizer sees the first byte outside.
@@ -11,6 +11,7 @@ import torch
 
 import flash_attn_2_cuda
 from flash_attn import backends, flash_attn_varlen_func
+from flash_attn.ops.triton.rotary import apply_rotary
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
 from tests.support.inputs import make_inputs
@@ -59,16 +60,27 @@ def solve_pages(device: torch.device, table: list[list[int]], **arrays: list[int
     flash_attn_2_cuda.varlen_fwd(q, k, v, *optional, 200, 200, 0.0, 0.125, False, True, -1, -1, 0.0, False, None)
 
 
+def solve_rotary(device: torch.device) -> None:
+    """Positions before and past the tables, and sequences that leave the tensor."""
+    _, k, _ = packed_operands(device)
+    cos, sin = (calls.randn(9, 32, dtype=BF16, device=device, seed=i) for i in range(2))
+    offsets = calls.int32([-3, 2**31 - 1, 7], device)
+    for interleaved in (False, True):
+        for inplace in (False, True):
+            apply_rotary(k, cos, sin, offsets, calls.int32(BAD_LENGTHS[1], device), 9, interleaved, inplace)
+
+
 def main() -> int:
     device = torch.device("cuda")
     with backends.use("portable"):
         for case in CASES:
             solve(case, device)
         solve_bad_lengths(device)
+        solve_rotary(device)
         solve_pages(device, [[11, 3, 7, 0], [4, 5, 1, 2], [8, 9, 10, 6]])
         solve_pages(device, BAD_PAGES, seqused_k=[1000, -3, 2**31 - 1], leftpad_k=[-1, 2**31 - 1, 5])
     torch.cuda.synchronize()
-    sys.stdout.write(f"solved {len(CASES) + 3}\n")
+    sys.stdout.write(f"solved {len(CASES) + 4}\n")
     return 0
 
 
