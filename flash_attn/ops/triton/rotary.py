@@ -286,7 +286,7 @@ def _rotate_in_pytorch(x: Tensor, turn: Turn) -> None:
     else:
         position, known = _positions(x, turn)
         turned = known & (position >= 0) & (position < turn.cos.shape[0])
-        if not turned.any():
+        if turn.cos.shape[0] == 0:
             return
         rows = torch.where(turned, position, 0)
         turned = turned[..., None, None]
