@@ -25,6 +25,7 @@ forward_only = (
 )
 
 DENSE_HEADDIMS = (32, 64, 96, 128, 192, 256)  # the dense operator pads to 16 as well, which its launcher then refuses
+DENSE_DEVICES = ("cuda",)  # the dense operator asks for the processors of a device of this name, whatever the vendor
 DENSE_ROWS = 128  # rows of a program in every configuration that the dense operator keeps
 MAX_SEQUENCES = 32768  # a power of two below the 65535 that a grid's second dimension may have
 MAX_OFFSET = 2**31 - 1  # elements; the kernels multiply positions by strides in 32 bits
@@ -150,8 +151,8 @@ def _dense_operator_is_right(operands: Operands) -> bool:
     """Whether `flash_attention_forward` computes a dense problem correctly; `_dense_as_packed` takes the rest."""
     package, _ = _package()
     batch_size, seqlen_q, nheads, _headdim = operands.q.shape
-    if package.device != "cuda" or batch_size * nheads > 2 * MAX_SEQUENCES - 1:
-        return False  # it asks the device "cuda" for its size, and has a grid row per batch and head
+    if package.device not in DENSE_DEVICES or batch_size * nheads > 2 * MAX_SEQUENCES - 1:
+        return False  # its grid has a row per batch and head
     left, right = operands.window
     if left is None and right is None:
         return True
