@@ -189,7 +189,10 @@ def test_split_keys_are_combined_into_other_rows(gpu_package, seed):
 
 @pytest.mark.gpu
 def test_dense_dropout_keeps_fewer_weights_than_it_rescales_for(gpu_package, seed):
-    """flash_api.py:1053 and flash_kernel.py:91: floor(255 (1 - p)) of 256 values are kept. With v = 1 the mean of out should be 1."""
+    """flash_api.py:1053 and flash_kernel.py:92: floor(255 (1 - p)) of 256 values are kept.
+
+    With v = 1 the mean of out should be 1.
+    """
     q, k, v = operands(gpu_package, seed, 1024, 1024, headdim=64)
     ones = torch.ones_like(v)
     out = gpu_package.flash_attention_forward(q, k, ones, None, None, 1024, 1024, 0.5, False, False, scale=0.1)[0]

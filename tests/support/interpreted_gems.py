@@ -31,7 +31,7 @@ def sources() -> Path:
 
 @functools.cache
 def load(block_n: int = 32) -> SimpleNamespace:
-    """The package as the adapter sees it; its dense programs take 128 rows by `block_n` keys, which FlagGems tunes: 32 or 128."""
+    """The package as the adapter sees it; its dense programs take 128 rows by `block_n` keys, tuned to 32 or 128."""
     config = triton.Config({"BLOCK_M": 128, "BLOCK_N": block_n}, num_warps=4 if block_n == 32 else 8)
     replaced = _replacements(config)
     patches = (mock.patch.object(triton, name, value) for name, value in _DECORATORS.items())
