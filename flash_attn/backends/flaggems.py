@@ -70,7 +70,7 @@ def _package() -> tuple[Any, str | None]:
         import flag_gems.config
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
-            return None, "FlagGems is not installed; `pip install 'flash-attn[flaggems]'` adds it"
+            return None, "FlagGems is not installed; `pip install flag_gems` adds it"
         return None, f"importing FlagGems fails: {error}"
     except Exception as error:  # noqa: BLE001 - a third party's import may raise anything; then it is unusable here
         return None, f"importing FlagGems fails: {' '.join(str(error).split()) or type(error).__name__}"
