@@ -14,7 +14,7 @@ from flash_attn.hardware import CPU, Hardware
 from flash_attn.problem import AttentionProblem
 from tests.support import calls
 from tests.support.cases import BF16, CASES, FP16, FP32, Case
-from tests.support.gems_standin import StandIn
+from tests.support.gems_standin import StandIn, forget
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -32,12 +32,6 @@ def package(request, monkeypatch):
     with backends.use("flaggems"):
         yield standin
     forget()
-
-
-def forget():
-    flash_attn.dispatch._plans.clear()
-    for cached in (backends.choose_backend, backends.choose_backward_backend):
-        cached.cache_clear()
 
 
 @pytest.fixture

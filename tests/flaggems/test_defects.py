@@ -12,7 +12,6 @@ import flash_attn
 from flash_attn import flash_attn_flaggems_backend, reference
 from flash_attn.errors import UnsupportedProblem
 from tests.flaggems.test_adapter import paged, run_paged
-from tests.flaggems.test_operators import installed, interpreted  # noqa: F401 - fixtures
 from tests.support import calls
 from tests.support.cases import FP16
 
@@ -210,6 +209,39 @@ def test_packed_dropout_is_not_rescaled(gpu_package, seed):
     assert out.double().mean().item() < 0.6
     with pytest.raises(UnsupportedProblem, match="keeps fewer weights"):
         flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, 1024, 1024, dropout_p=0.5)
+
+
+def gradients(package, seed, window, seqlen=256):
+    """(dq, dk, dv of scaled_dot_product_attention_backward, those of the specification), (batch, heads, rows, dim)."""
+    exact = [x.double().requires_grad_() for x in operands(package, seed, seqlen, seqlen)]
+    out, lse = reference.attention(*exact, window=window)
+    dout = calls.randn(*out.shape, dtype=FP16, device=package.device, seed=seed + 9)
+    wanted = torch.autograd.grad(out, exact, dout.double())
+    memory = dict(memory_format=torch.contiguous_format)
+    saved = [x.detach().half().transpose(1, 2).clone(**memory) for x in (dout, *exact, out)]
+    lse_log2 = (lse.detach() / math.log(2.0)).float()
+    theirs = package.scaled_dot_product_attention_backward(*saved, lse_log2, is_causal=window[1] == 0)
+    return theirs, [x.transpose(1, 2) for x in wanted]
+
+
+@pytest.mark.interpreter
+def test_interpreted_gradients_are_causal_whatever_was_asked(interpreted, seed):
+    """attention.py:631 and 723: MASK=True without a condition; right where the mask is causal."""
+    for theirs, wanted in zip(*gradients(interpreted, seed, (None, 0)), strict=True):
+        assert error(theirs, wanted) < FAR
+    for theirs, wanted in zip(*gradients(interpreted, seed, (None, None)), strict=True):
+        assert error(theirs, wanted) > FAR
+
+
+@pytest.mark.interpreter
+def test_interpreted_gradients_leave_out_rows_of_dq(interpreted, seed):
+    """attention.py:955 against 675: a program per 128 rows, which two of three configurations give 64 rows of dq."""
+    from tests.support import interpreted_gems
+
+    package = interpreted_gems.load(dq_rows=64)
+    (dq, dk, dv), wanted = gradients(package, seed, (None, 0))
+    assert error(dq[:, :, 128:], wanted[0][:, :, 128:]) > FAR
+    assert error(dk, wanted[1]) < FAR and error(dv, wanted[2]) < FAR
 
 
 @pytest.mark.gpu

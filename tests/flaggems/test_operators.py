@@ -3,42 +3,13 @@
 import pytest
 import torch
 
-from flash_attn import backends, dispatch, flash_attn_flaggems_backend, reference
-from flash_attn.backends import flaggems
-from tests.flaggems.test_adapter import ACCEPTED, forget, paged, run_paged
+from flash_attn import dispatch, flash_attn_flaggems_backend, reference
+from tests.flaggems.test_adapter import ACCEPTED, paged, run_paged
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
 from tests.support.gems_standin import StandIn, parameters
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
-
-
-@pytest.fixture
-def interpreted(request, monkeypatch):
-    """FlagGems' sources in the interpreter; the parameter is the number of keys of a dense program."""
-    calls.skip_unless_interpreting()
-    from tests.support import interpreted_gems
-
-    package = interpreted_gems.load(getattr(request, "param", 32))
-    monkeypatch.setattr(flaggems, "_package", lambda: (package, None))
-    monkeypatch.setattr(flaggems, "DENSE_DEVICES", ("cpu",))
-    forget()
-    with backends.use("flaggems"):
-        yield package
-    forget()
-
-
-@pytest.fixture
-def installed():
-    """The package itself, on a GPU."""
-    flaggems._package.cache_clear()
-    package, reason = flaggems._package()
-    if reason is not None:
-        pytest.skip(reason)
-    forget()
-    with backends.use("flaggems"):
-        yield package
-    forget()
 
 
 @pytest.mark.interpreter

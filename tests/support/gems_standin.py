@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import reference
+from flash_attn import backends, dispatch, reference
 from flash_attn.backends import spans
 from flash_attn.backends.base import Operands
 
@@ -164,3 +164,10 @@ def parameters(function: Any) -> list[tuple[str, Any]]:
     """Names and defaults of a signature, without self."""
     found = inspect.signature(function).parameters.values()
     return [(p.name, p.default) for p in found if p.name != "self"]
+
+
+def forget() -> None:
+    """Forgets which backends were chosen: the package that a choice depended on has changed."""
+    dispatch._plans.clear()
+    for cached in (backends.choose_backend, backends.choose_backward_backend):
+        cached.cache_clear()

@@ -30,10 +30,14 @@ def sources() -> Path:
 
 
 @functools.cache
-def load(block_n: int = 32) -> SimpleNamespace:
-    """The package as the adapter sees it; its dense programs take 128 rows by `block_n` keys, tuned to 32 or 128."""
+def load(block_n: int = 32, dq_rows: int = 128) -> SimpleNamespace:
+    """The package as the adapter sees it; its dense programs take 128 rows by `block_n` keys, tuned to 32 or 128.
+
+    A program of its gradient takes 128 keys for dk and dv and `dq_rows` rows for dq, tuned to 64 or 128.
+    """
     config = triton.Config({"BLOCK_M": 128, "BLOCK_N": block_n}, num_warps=4 if block_n == 32 else 8)
-    replaced = _replacements(config)
+    gradient = triton.Config({"BLOCK_M1": 32, "BLOCK_N1": 128, "BLOCK_M2": dq_rows, "BLOCK_N2": 32})
+    replaced = _replacements({"attention": config, "attention_bwd": gradient})
     patches = (mock.patch.object(triton, name, value) for name, value in _DECORATORS.items())
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sys.modules, replaced))
@@ -46,14 +50,14 @@ def load(block_n: int = 32) -> SimpleNamespace:
             del sys.modules[name]
     kernels.max, kernels.min = _maximum, _minimum
     launchers.CHECK_DEVICE = lambda x: None
-    operators = ("flash_attention_forward", "flash_attn_varlen_func")
+    operators = ("flash_attention_forward", "flash_attn_varlen_func", "scaled_dot_product_attention_backward")
     package = SimpleNamespace(device="cpu", config=SimpleNamespace(use_c_extension=False))
     for name in operators:
         setattr(package, name, _interpreted(getattr(attention, name)))
     return package
 
 
-def _replacements(config: triton.Config) -> dict[str, ModuleType]:
+def _replacements(configs: dict[str, triton.Config]) -> dict[str, ModuleType]:
     device = SimpleNamespace(
         device=lambda _device: contextlib.nullcontext(),
         get_device_properties=lambda _device: SimpleNamespace(multi_processor_count=132),
@@ -61,7 +65,7 @@ def _replacements(config: triton.Config) -> dict[str, ModuleType]:
     runtime = _module(
         "flag_gems.runtime",
         torch_device_fn=device,
-        get_tuned_config=lambda _name: [config],
+        get_tuned_config=lambda name: [configs[name]],
         get_heuristic_config=_packed_tiles,
     )
     package = _module("flag_gems", device="cpu", vendor_name="nvidia", runtime=runtime)
@@ -75,7 +79,7 @@ def _replacements(config: triton.Config) -> dict[str, ModuleType]:
         runtime,
         operators,
         _module("flag_gems.config", use_c_extension=False),
-        _module("flag_gems.utils", libentry=undecorated, libtuner=undecorated, tl_extra_shim=shim),
+        _module("flag_gems.utils", libentry=undecorated, libtuner=_autotune, tl_extra_shim=shim),
         _module("flag_gems.utils.random_utils", philox_backend_seed_offset=lambda _increment: (1, 2)),
     )
     return {module.__name__: module for module in modules}
