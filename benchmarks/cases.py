@@ -31,8 +31,9 @@ class Case(NamedTuple):
     softcap: float = 0.0
     alibi: bool = False
     dropout_p: float = 0.0
-    layout: str = "dense"  # "dense" or "varlen"
+    layout: str = "dense"  # "dense", "varlen" or "paged": packed queries, keys in pages of page_size
     lengths: tuple[int, ...] = ()  # varlen: tokens of every sequence, queries and keys alike
+    page_size: int = 0
     source: str = ""
     baseline: str = ""
 
@@ -126,6 +127,7 @@ def describe_name(case: Case) -> str:
     words += [f"dropout{case.dropout_p:g}"] * (case.dropout_p > 0)
     if case.layout == "varlen":
         words.append("equal" if len(set(case.lengths)) == 1 else "mixed")
+    words += [f"B{case.batch}", f"K{size_name(case.seqlen_k)}", f"page{case.page_size}"] * (case.layout == "paged")
     return "-".join([*words, case.direction])
 
 
@@ -172,6 +174,17 @@ def shape_sweep(direction: str) -> list[Case]:
     ]
 
 
+def flaggems_sweep(direction: str) -> list[Case]:
+    """The main sweep, packed batches, and one new query against keys in pages."""
+    packed = {"layout": "varlen", "batch": len(MIXED_LENGTHS), "lengths": MIXED_LENGTHS}
+    cases = main_sweep(direction) + [plain(headdim, 8192, True, direction, **packed) for headdim in (64, 128)]
+    if direction == "forward":
+        decode = {"nheads": 32, "nheads_k": 8, "layout": "paged", "batch": 64, "source": "decoding, Llama-3 8B heads"}
+        sizes = itertools.product((1024, 8192), (16, 256))
+        cases += [plain(128, 1, False, direction, **decode, seqlen_k=keys, page_size=page) for keys, page in sizes]
+    return cases
+
+
 def tiny_sweep(direction: str) -> list[Case]:
     """Seconds on a CPU: the path of a run, not a measurement."""
     small = {"batch": 1, "nheads": 2, "nheads_k": 2, "dtype": "float32", "source": ""}
@@ -186,6 +199,7 @@ SWEEPS: dict[str, Callable[[str], list[Case]]] = {
     "main": main_sweep,
     "features": feature_sweep,
     "shapes": shape_sweep,
+    "flaggems": flaggems_sweep,
     "tiny": tiny_sweep,
 }
 

@@ -6,8 +6,9 @@ in a sentence which cases it cannot run.
 
 import contextlib
 import functools
+import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ class Inputs(NamedTuple):
     v: Tensor
     dout: Tensor
     alibi_slopes: Tensor | None  # (nheads,), fp32
-    cu_seqlens: Tensor | None  # (batch + 1,), int32; queries and keys alike
+    cu_seqlens: Tensor | None  # (batch + 1,), int32; queries, and keys outside pages
+    cu_seqlens_k: Tensor | None = None  # keys in pages
+    block_table: Tensor | None = None  # (batch, pages of a sequence), int32
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +45,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     tokens_q, tokens_k = case.tokens
     lead_q, lead_k = (
         ((tokens_q,), (tokens_k,))
-        if case.layout == "varlen"
+        if case.layout != "dense"
         else (
             (case.batch, case.seqlen_q),
             (case.batch, case.seqlen_k),
@@ -53,10 +56,17 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         shape = (*lead, nheads, case.headdim)
         return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
 
+    if case.layout == "paged":
+        lead_k = (tokens_k // case.page_size, case.page_size)
     q, k, v = normal(lead_q, case.nheads), normal(lead_k, case.nheads_k), normal(lead_k, case.nheads_k)
     for operand in (q, k, v):
         operand.requires_grad_(case.direction == "backward")
-    return Inputs(q, k, v, normal(lead_q, case.nheads), _slopes(case, device), _boundaries(case, device))
+    dout = normal(lead_q, case.nheads)
+    inputs = Inputs(q, k, v, dout, _slopes(case, device), _boundaries([q for q, _k in case.sequences], case, device))
+    if case.layout != "paged":
+        return inputs
+    table = torch.randperm(lead_k[0], generator=generator, device=device).int().view(case.batch, -1)
+    return inputs._replace(cu_seqlens_k=_boundaries([k for _q, k in case.sequences], case, device), block_table=table)
 
 
 def _slopes(case: Case, device: torch.device) -> Tensor | None:
@@ -65,10 +75,10 @@ def _slopes(case: Case, device: torch.device) -> Tensor | None:
     return torch.tensor([2.0 ** (-8.0 * (head + 1) / case.nheads) for head in range(case.nheads)], device=device)
 
 
-def _boundaries(case: Case, device: torch.device) -> Tensor | None:
-    if case.layout != "varlen":
+def _boundaries(lengths: list[int], case: Case, device: torch.device) -> Tensor | None:
+    if case.layout == "dense":
         return None
-    return torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 class Provider(NamedTuple):
@@ -80,6 +90,7 @@ class Provider(NamedTuple):
     forward: Callable[[Case, Inputs], Tensor]
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     compiles: bool = False  # builds kernels on first use, so that compiling beforehand in parallel pays
+    needs: str = ""  # a package without which the provider is left out
 
 
 def launch(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
@@ -101,19 +112,53 @@ def _ours(case: Case, inputs: Inputs) -> Tensor:
         "softcap": case.softcap,
         "alibi_slopes": inputs.alibi_slopes,
     }
-    if case.layout == "varlen":
-        lengths = (inputs.cu_seqlens, inputs.cu_seqlens, case.seqlen_q, case.seqlen_k)
-        return flash_attn.flash_attn_varlen_func(*inputs.operands, *lengths, **words)
+    if case.layout != "dense":
+        ends_k = inputs.cu_seqlens if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k
+        lengths = (inputs.cu_seqlens, ends_k, case.seqlen_q, case.seqlen_k)
+        return flash_attn.flash_attn_varlen_func(*inputs.operands, *lengths, **words, block_table=inputs.block_table)
     return flash_attn.flash_attn_func(*inputs.operands, **words)
 
 
-def _our_backend(name: str) -> Provider:
+def _using(name: str) -> Callable[[], AbstractContextManager[Any]]:
     def scope() -> AbstractContextManager[Any]:
         from flash_attn import backends
 
         return backends.use(name)
 
-    return Provider(name, f"flash_attn, backend {name}", lambda _case, _device: None, _ours, scope, compiles=True)
+    return scope
+
+
+def _our_backend(name: str) -> Provider:
+    return Provider(name, f"flash_attn, backend {name}", lambda _c, _d: None, _ours, _using(name), compiles=True)
+
+
+def _flaggems_unsupported(case: Case, device: torch.device) -> str | None:
+    if case.direction == "backward":
+        return "the backend flaggems leaves gradients to the portable kernels"
+    if case.dropout_p or case.dtype not in ("bfloat16", "float16"):
+        return "the backend flaggems takes fp16 and bf16 without dropout"
+    return None if device.type == "cuda" else "FlagGems needs an accelerator"
+
+
+def _flaggems_sdpa(case: Case, inputs: Inputs) -> Tensor:
+    """FlagGems' scaled_dot_product_attention, the only one of its attention functions that has a gradient."""
+    import flag_gems
+
+    q, k, v = (operand.transpose(1, 2).contiguous() for operand in inputs.operands)
+    out = flag_gems.scaled_dot_product_attention(
+        q, k, v, is_causal=case.causal, enable_gqa=case.nheads != case.nheads_k
+    )
+    if out.requires_grad:
+        out.register_hook(Tensor.contiguous)  # its backward asserts that dout is contiguous
+    return out.transpose(1, 2)
+
+
+def _flaggems_sdpa_unsupported(case: Case, device: torch.device) -> str | None:
+    if case.layout != "dense" or case.alibi or case.softcap or case.dropout_p or case.window != WINDOW_SIZE:
+        return "FlagGems' SDPA takes dense batches without ALiBi, softcap, dropout or window"
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        return "FlagGems' SDPA aligns its causal mask top left"
+    return None if device.type == "cuda" else "FlagGems needs an accelerator"
 
 
 def _sdpa(case: Case, inputs: Inputs) -> Tensor:
@@ -144,6 +189,8 @@ def _fa2(case: Case, inputs: Inputs) -> Tensor:
 
 
 def _fa2_unsupported(case: Case, device: torch.device) -> str | None:
+    if case.layout == "paged":
+        return "PyTorch's FlashAttention-2 operator takes no pages"
     if case.alibi or case.softcap:
         return "PyTorch's FlashAttention-2 operator has no ALiBi gradient and no softcap"
     if case.causal and case.seqlen_q != case.seqlen_k:
@@ -246,7 +293,24 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("ours", "flash_attn, its own choice of backend", lambda _c, _d: None, _ours, compiles=True),
-        *(_our_backend(name) for name in ("portable", "hopper", "flaggems", "cpu")),
+        *(_our_backend(name) for name in ("portable", "hopper", "cpu")),
+        Provider(
+            "flaggems",
+            "FlagGems, through flash_attn's backend",
+            _flaggems_unsupported,
+            _ours,
+            _using("flaggems"),
+            compiles=True,
+            needs="flag_gems",
+        ),
+        Provider(
+            "flaggems_sdpa",
+            "FlagGems' scaled_dot_product_attention",
+            _flaggems_sdpa_unsupported,
+            _flaggems_sdpa,
+            compiles=True,
+            needs="flag_gems",
+        ),
         Provider(
             "fa2",
             "PyTorch SDPA FLASH_ATTENTION (FlashAttention-2)",
@@ -265,4 +329,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("reference", "flash_attn.reference, fp32", _reference_unsupported, _reference),
     )
 }
-OURS = ("ours", "portable", "hopper", "flaggems", "cpu")
+OURS = ("ours", "portable", "hopper", "cpu")
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """The providers whose packages are there."""
+    return [name for name in names if not PROVIDERS[name].needs or importlib.util.find_spec(PROVIDERS[name].needs)]

@@ -1,4 +1,4 @@
-"""Results as JSON, and the tables of docs/benchmarks.md made from them.
+"""Results as JSON, and the tables of the documents made from them.
 
 `python -m benchmarks.report` rewrites the tables between the markers; `--check` only says whether they are up to date.
 """
@@ -26,10 +26,15 @@ from benchmarks.timing import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DOCUMENTS = {  # and the names of the result files whose tables they show
+    ROOT / "docs" / "benchmarks.md": "*",
+    ROOT / "docs" / "flaggems_backward_analysis.md": "flaggems*",
+    ROOT / "docs" / "zh" / "flaggems_backward_analysis.md": "flaggems*",
+}
 BEGIN = "<!-- begin generated: python -m benchmarks.report -->"
 END = "<!-- end generated -->"
 HEADINGS = {"ours": "flash_attn", "fa2": "FA2", "cudnn": "cuDNN", "flex": "FlexAttention"}
+HEADINGS |= {"flaggems": "FlagGems", "flaggems_sdpa": "FlagGems SDPA"}
 
 Row = list[str]
 
@@ -213,6 +218,26 @@ def feature_table(results: Sequence[Result]) -> str:
     return markdown(["case", "provider", "time per visible pair against the plain kernel"], rows) if rows else ""
 
 
+def error_table(results: Sequence[Result]) -> str:
+    """Relative two-norm of each provider's error against the specification; results too wrong to be timed are bold."""
+    by_key = {(r.case.name, r.provider): r for r in results}
+    names = [name for name in PROVIDERS if any(r.provider == name for r in results)]
+    rows = [
+        [f"{case_title(case)} {case.direction}", *(_error_cell(by_key.get((case.name, name))) for name in names)]
+        for case in {r.case.name: r.case for r in results}.values()
+    ]
+    return markdown(["case", *(HEADINGS.get(name, name) for name in names)], rows)
+
+
+def _error_cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    if result.error is not None:
+        return f"{result.error:.1e}"
+    wrong = (result.refused or "").partition("wrong result: error ")[2].partition(",")[0]
+    return f"**{wrong}**" if wrong else "-"
+
+
 def refusals(results: Sequence[Result]) -> list[str]:
     """Why providers have no number, each reason once with the number of cases."""
     counts: dict[tuple[str, str], int] = {}
@@ -231,6 +256,8 @@ def kernel_section(document: dict[str, Any]) -> str:
             parts += [f"{direction.capitalize()}, TFLOP/s:", table]
     costs = feature_table(results)
     parts += ["Cost of each feature at equal visible pairs:", costs] if costs else []
+    if document["sweep"] == "flaggems":
+        parts += ["Error against the specification, wrong results in bold:", error_table(results)]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in refusals(results))]).rstrip()
 
 
@@ -281,22 +308,22 @@ def machine_line(about: dict[str, Any]) -> str:
     return f"{about['device']}, {versions}; {about['date']}; commit {commit}, source {about['source']}."
 
 
-def generated_part(directory: Path) -> str:
-    """Every result file as a section."""
+def generated_part(directory: Path, names: str = "*") -> str:
+    """Every result file of these names as a section."""
     parts = []
-    for path in sorted(directory.glob("*.json")):
+    for path in sorted(directory.glob(f"{names}.json")):
         document = json.loads(path.read_text())
         parts += [f"## {path.stem}", machine_line(document["machine"]), SECTIONS[document["kind"]](document)]
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
-def updated_document(text: str, directory: Path) -> str:
+def updated_document(text: str, directory: Path, names: str = "*") -> str:
     """The document with the part between its markers made anew."""
     head, marker, rest = text.partition(BEGIN)
     _old, end, tail = rest.partition(END)
     if not marker or not end:
         raise ValueError(f"the document lacks the markers {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{generated_part(directory)}\n\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{generated_part(directory, names)}\n\n{END}{tail}"
 
 
 def short_table(results: Sequence[Result]) -> str:
@@ -313,16 +340,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="change nothing; exit code 1 when the tables are out of date"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--document", type=Path, help="this one alone, with every result")
     options = parser.parse_args(arguments)
-    old = options.document.read_text()
-    new = updated_document(old, options.results)
-    if not options.check:
-        options.document.write_text(new)
-        return 0
-    if new != old:
-        sys.stderr.write(f"{options.document} is out of date: run python -m benchmarks.report\n")
-    return int(new != old)
+    out_of_date = 0
+    for path, names in ({options.document: "*"} if options.document else DOCUMENTS).items():
+        old = path.read_text()
+        new = updated_document(old, options.results, names)
+        if not options.check:
+            path.write_text(new)
+        elif new != old:
+            sys.stderr.write(f"{path} is out of date: run python -m benchmarks.report\n")
+            out_of_date = 1
+    return out_of_date
 
 
 if __name__ == "__main__":

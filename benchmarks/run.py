@@ -16,7 +16,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import DIRECTIONS, SWEEPS, Case, comparison_groups, sweep_cases
 from benchmarks.prewarm import prewarm
-from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.providers import OURS, PROVIDERS, installed
 from benchmarks.timing import Result, measure_group
 
 BUDGET_S = 0.25  # of interleaved launches a case
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", choices=[name for name in SWEEPS if name != "tiny"], default=["main"])
     parser.add_argument("--tiny", action="store_true", help="the seconds-long sweep that tests the path of a run")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=["ours", "fa2", "cudnn"])
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=["ours", "fa2", "cudnn", "flaggems"])
     parser.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="keep cases whose name has every word")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON files")
     parser.add_argument("--name", help="file name without .json; default the sweep's name")
@@ -40,6 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.tiny:
         options.sweep = ["tiny"]
+    options.providers = installed(options.providers)
     return options
 
 

@@ -139,11 +139,15 @@ def _expected_slice(case: Case, inputs: Inputs, sequence: int, head_k: int) -> S
     index_q = (*_sequence_index(case, sequence), heads)
     index_k = (*_sequence_index(case, sequence), slice(head_k, head_k + 1))
     seqlen_q, seqlen_k = case.sequences[sequence]
+    k, v = inputs.k, inputs.v
+    if inputs.block_table is not None:
+        index_k = (slice(None), index_k[-1])
+        k, v = (x[inputs.block_table[sequence].long()].flatten(0, 1) for x in (k, v))
     precise = torch.float64 if seqlen_q * seqlen_k * group <= FP64_SCORES else torch.float32
     backward = case.direction == "backward"
     operands = [
         tensor.detach()[index].to(precise).unsqueeze(0).requires_grad_(backward)
-        for tensor, index in ((inputs.q, index_q), (inputs.k, index_k), (inputs.v, index_k))
+        for tensor, index in ((inputs.q, index_q), (k, index_k), (v, index_k))
     ]
     slopes = inputs.alibi_slopes
     out = reference.attention(
@@ -161,11 +165,11 @@ def _expected_slice(case: Case, inputs: Inputs, sequence: int, head_k: int) -> S
 
 
 def _sequence_index(case: Case, sequence: int) -> tuple[int | slice, ...]:
-    """Index of one sequence in a dense or packed tensor, up to its head dimension."""
-    if case.layout != "varlen":
+    """Index of one sequence's queries in a dense or packed tensor, up to its head dimension; of its keys, outside pages."""
+    if case.layout == "dense":
         return (sequence, slice(None))
-    start = sum(case.lengths[:sequence])
-    return (slice(start, start + case.lengths[sequence]),)
+    start = sum(length for length, _ in case.sequences[:sequence])
+    return (slice(start, start + case.sequences[sequence][0]),)
 
 
 def relative_error(case: Case, results: tuple[Tensor, ...], slices: Sequence[Slice]) -> float:

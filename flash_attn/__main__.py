@@ -85,7 +85,8 @@ def print_backends(device: torch.device) -> None:
     refusals: dict[str, dict[str, list[str]]] = {}
     for label, problem in PROBLEMS.items():
         verdicts = backends.explain(problem, hardware.of(device))
-        able = [name for name, verdict in verdicts.items() if verdict in ("runs it", "could run it")]
+        able = [name for name, verdict in verdicts.items() if backends.able(verdict)]
+        able.sort(key=lambda name: not verdicts[name].startswith("runs it"))
         others = f" ({', '.join(able[1:])} could)" if able[1:] else ""
         item(label, f"{able[0]}{others}" if able else "no backend")
         for name in [name for name in verdicts if name not in able]:

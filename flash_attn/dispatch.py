@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from flash_attn import hardware, launch
-from flash_attn.backends import choose_backend, requested_backend
-from flash_attn.backends.base import Gradients, Operands
+from flash_attn.backends import choose_backend, choose_backward_backend, requested_backend
+from flash_attn.backends.base import Backend, Gradients, Operands
 from flash_attn.problem import AttentionProblem, check_gradients, check_rng_state, describe
 
 # the requested backend and the pinned launch configurations that were in force; autograd's threads do not see the caller's
 Scope = tuple[str | None, tuple[tuple[str, Any], ...]]
+Choose = Callable[[AttentionProblem, hardware.Hardware, str | None], Backend]
 
 
 class Plan:
@@ -26,13 +27,19 @@ class Plan:
     __slots__ = ("backend", "backward_plans", "memo", "problem", "scope", "seqlen_k", "seqlen_q")
 
     def __init__(
-        self, problem: AttentionProblem, seqlen_q: int, seqlen_k: int, device: torch.device, scope: Scope
+        self,
+        problem: AttentionProblem,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device,
+        scope: Scope,
+        choose: Choose,
     ) -> None:
         self.problem = problem
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self.scope = scope
-        self.backend = choose_backend(problem, hardware.of(device), scope[0])
+        self.backend = choose(problem, hardware.of(device), scope[0])
         self.memo: dict[str, Any] = {}
         self.backward_plans: dict[Any, Plan] = {}  # of a forward plan, by what only its backward knows
 
@@ -47,6 +54,7 @@ def _plan(
     numbers: tuple[Any, ...],
     describe_call: Callable[[], tuple[Any, int, int]],
     scope: Scope,
+    choose: Choose,
 ) -> Plan:
     """The plan of a call; calls equal in shapes, strides, dtypes, devices and options share one."""
     key = (*map(_traits, tensors), numbers, scope)
@@ -55,7 +63,7 @@ def _plan(
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         device = cast(Tensor, tensors[0]).device
-        plan = _plans[key] = Plan(*describe_call(), device, scope)
+        plan = _plans[key] = Plan(*describe_call(), device, scope, choose)
     return plan
 
 
@@ -98,6 +106,7 @@ def forward(
         (*numbers, max_seqlen_q, max_seqlen_k),
         lambda: describe(q, k, v, *numbers, *optional, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
         (requested_backend(), launch.pins()),
+        choose_backend,
     )
     rng_state = None
     if dropout_p > 0.0:
@@ -170,7 +179,8 @@ def backward(
 
     def make_plan(scope: Scope) -> Plan:
         tensors = (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional)
-        return _plan(tensors, (*numbers, max_seqlen_q, max_seqlen_k, deterministic), describe_call, scope)
+        words = (*numbers, max_seqlen_q, max_seqlen_k, deterministic)
+        return _plan(tensors, words, describe_call, scope, choose_backward_backend)
 
     if forward_plan is None:
         plan = make_plan((requested_backend(), launch.pins()))

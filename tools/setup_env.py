@@ -5,6 +5,7 @@ Which torch is used, in this order:
 2. the one found in .venv, if a developer put another version or build there;
 3. the version pinned in constraints/torch.txt, in whatever build the package index offers.
 Triton comes with GPU builds of torch. Where none came, constraints/triton-without-gpu.txt names the one to install.
+FlagGems comes without its dependencies, which pin an old numpy: without a GPU only the sources of its kernels are used.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ STAMP = VENV / "setup-stamp"
 PINS = ROOT / "constraints" / "python.txt"
 TORCH_PIN = ROOT / "constraints" / "torch.txt"
 TRITON_PIN = ROOT / "constraints" / "triton-without-gpu.txt"
-INPUTS = (Path(__file__).resolve(), ROOT / "pyproject.toml", PINS, TORCH_PIN, TRITON_PIN)
+FLAGGEMS_PIN = ROOT / "constraints" / "flaggems.txt"
+INPUTS = (Path(__file__).resolve(), ROOT / "pyproject.toml", PINS, TORCH_PIN, TRITON_PIN, FLAGGEMS_PIN)
 
 NEEDED = ("torch", "einops", "numpy", "setuptools", "pytest", "xdist", "hypothesis")
 USEFUL = ("mypy", "ruff", "matplotlib", "tqdm")
@@ -112,6 +114,8 @@ def install_everything() -> None:
     say("installing the tools for tests and demo")
     pip("install", "--constraint", str(PINS), "setuptools", "wheel")
     pip("install", "--constraint", str(PINS), "--no-build-isolation", "--editable", f"{ROOT}[dev]")
+    if not pip("install", "--no-deps", "--requirement", str(FLAGGEMS_PIN), check=False):
+        say("going on without FlagGems, whose tests are then skipped")
 
 
 def create_venv(*options: str) -> None:

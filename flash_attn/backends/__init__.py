@@ -1,8 +1,9 @@
-"""The ordered table of backends and the choice among them.
+"""The table of backends and the choice among them.
 
 `select_backend` takes the first backend that does not refuse a problem. A backend that was asked for by name, through
 `use("portable")` or the environment variable FLASH_ATTENTION_BACKEND, is never replaced by another: it runs or its reason is
-raised. `explain` shows every backend's verdict.
+raised. One that computes no gradients says so; `choose_backward_backend` then takes the next that does, and logs it.
+`explain` shows every backend's verdict.
 """
 
 import contextlib
@@ -24,13 +25,8 @@ ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_BACKEND"
 MODULES = {
     "portable": "flash_attn.backends.portable",
     "cpu": "flash_attn.backends.cpu",
+    "flaggems": "flash_attn.backends.flaggems",
     "reference": "flash_attn.backends.reference",
-}
-
-# backends that are asked for by entry points of their own but do not exist here
-ABSENT = {
-    "flaggems": "the FlagGems backend is not part of this release; its entry points in flash_attn.backward compute with the "
-    "backend chosen here",
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("flash_attn_backend", default=None)
@@ -75,7 +71,40 @@ def select_backend(problem: AttentionProblem, hardware: Hardware) -> Backend:
 @functools.lru_cache(maxsize=4096)
 def choose_backend(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
     """As `select_backend`, with regard to what was asked for elsewhere: autograd's threads do not see the caller's scope."""
-    names = [_checked(requested)] if requested else list(MODULES)
+    return _first_able(problem, hardware, [_checked(requested)] if requested else automatic_order(hardware), requested)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_backward_backend(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
+    """As `choose_backend` for gradients: a backend that computes none is replaced by the first that does."""
+    if requested and forward_only(requested) is None:
+        return choose_backend(problem, hardware, requested)
+    order = automatic_order(hardware)
+    chosen = _first_able(problem, hardware, [name for name in order if forward_only(name) is None], None)
+    asked = requested or order[0]
+    if requested or (forward_only(asked) and load(asked).unsupported(problem, hardware) is None):
+        _log_routing_once(asked, chosen.name)
+    return chosen
+
+
+def automatic_order(hardware: Hardware) -> list[str]:
+    """The backends in the order they are tried in: FlagGems' first on the hardware of other vendors, elsewhere on request."""
+    if hardware.kind in ("cuda", "hip", "cpu"):
+        return [name for name in MODULES if name != "flaggems"]
+    return sorted(MODULES, key=lambda name: name != "flaggems")
+
+
+def forward_only(name: str) -> str | None:
+    """Why the gradients of a backend's forward are computed by another, or None where it computes them."""
+    return getattr(load(name), "forward_only", None)
+
+
+@functools.cache
+def _log_routing_once(name: str, chosen: str) -> None:
+    _log.info("gradients of backend %s are computed by %s: %s", name, chosen, forward_only(name))
+
+
+def _first_able(problem: AttentionProblem, hardware: Hardware, names: list[str], requested: str | None) -> Backend:
     reasons: dict[str, str] = {}
     for name in names:
         backend = load(name)
@@ -91,14 +120,28 @@ def choose_backend(problem: AttentionProblem, hardware: Hardware, requested: str
 
 
 def explain(problem: AttentionProblem, hardware: Hardware) -> dict[str, str]:
-    """Every backend's verdict on a problem: "runs it", "could run it", or why not. Absent backends say where they route."""
-    verdicts: dict[str, str] = {}
-    for name in MODULES:
-        reason = load(name).unsupported(problem, hardware)
-        if reason is None:
-            reason = "could run it" if "runs it" in verdicts.values() else "runs it"
-        verdicts[name] = reason
-    return {**verdicts, **ABSENT}
+    """Every backend's verdict on a problem: "runs it" for the automatic choice, "could run it", or why not.
+
+    A backend that computes no gradients adds who does, and why.
+    """
+    refusals = {name: load(name).unsupported(problem, hardware) for name in MODULES}
+    chosen = next((name for name in automatic_order(hardware) if refusals[name] is None), None)
+    return {
+        name: ("runs it" if name == chosen else "could run it") + _gradients_by(name, problem, hardware)
+        if reason is None
+        else reason
+        for name, reason in refusals.items()
+    }
+
+
+def able(verdict: str) -> bool:
+    """Whether a verdict of `explain` is that of a backend which accepts the problem."""
+    return verdict.startswith(("runs it", "could run it"))
+
+
+def _gradients_by(name: str, problem: AttentionProblem, hardware: Hardware) -> str:
+    why = forward_only(name)
+    return "" if why is None else f", gradients by {choose_backward_backend(problem, hardware, None).name}: {why}"
 
 
 @functools.cache

@@ -50,7 +50,10 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """Four members; a backend says no in a sentence."""
+    """Four members; a backend says no in a sentence.
+
+    One that computes no gradients has a fifth, `forward_only: str`, which says why.
+    """
 
     name: str
 

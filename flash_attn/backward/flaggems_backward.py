@@ -1,25 +1,17 @@
 """Gradients under FlagGems' name: dense and packed entry points that write dq, dk and dv.
 
-The FlagGems backend is not part of this release, so the backend that serves the problem computes them, from any
-forward's out and softmax_lse. `routing` says so, and the logger "flash_attn" does once, at level info.
+They ask for the backend `flaggems`. FlagGems has no attention gradient that is right on a domain known beforehand
+(docs/flaggems_backward_analysis.md), so the table of backends routes them to the first that computes gradients, from
+FlagGems' out and softmax_lse as from any other forward's. The logger "flash_attn" says so once, at level info, and
+`backends.explain` shows it.
 """
-
-import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from flash_attn import dispatch
-from flash_attn.backends import ABSENT
+from flash_attn.backends import use
 from flash_attn.backward.call import make_words
-
-_log = logging.getLogger("flash_attn")
-
-
-def routing() -> str:
-    """Who computes these gradients, and why."""
-    return ABSENT["flaggems"]
 
 
 @torch.no_grad()
@@ -63,27 +55,27 @@ def flaggems_flash_attn_backward(
         InvalidArgument: shapes, dtypes, devices or ranges disagree; the message names both values.
         UnsupportedProblem: no backend can run it; the message lists each backend's reason.
     """
-    _log_routing_once()
     window_size = (window_size_left, window_size_right)
     words = make_words(q.shape[-1], 0.0, softmax_scale, causal, window_size, 0.0, deterministic)
     gradients = _or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)
-    dispatch.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        *gradients,
-        words.dropout_p,
-        words.softmax_scale,
-        words.causal,
-        *words.window_size,
-        words.softcap,
-        alibi_slopes,
-        words.deterministic,
-        None,
-    )
+    with use("flaggems"):
+        dispatch.backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            *gradients,
+            words.dropout_p,
+            words.softmax_scale,
+            words.causal,
+            *words.window_size,
+            words.softcap,
+            alibi_slopes,
+            words.deterministic,
+            None,
+        )
     return gradients
 
 
@@ -121,39 +113,34 @@ def flaggems_flash_attn_varlen_backward(
 
     The other arguments, results and errors are those of `flaggems_flash_attn_backward`.
     """
-    _log_routing_once()
     words = make_words(
         q.shape[-1], 0.0, softmax_scale, causal, (-1, -1), 0.0, False, int(max_seqlen_q), int(max_seqlen_k)
     )
     gradients = _or_empty(dq, q), _or_empty(dk, k), _or_empty(dv, v)
-    dispatch.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        *gradients,
-        words.dropout_p,
-        words.softmax_scale,
-        words.causal,
-        *words.window_size,
-        words.softcap,
-        None,
-        words.deterministic,
-        None,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=words.max_seqlen_q,
-        max_seqlen_k=words.max_seqlen_k,
-    )
+    with use("flaggems"):
+        dispatch.backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            *gradients,
+            words.dropout_p,
+            words.softmax_scale,
+            words.causal,
+            *words.window_size,
+            words.softcap,
+            None,
+            words.deterministic,
+            None,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=words.max_seqlen_q,
+            max_seqlen_k=words.max_seqlen_k,
+        )
     return gradients
 
 
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format) if gradient is None else gradient
-
-
-@functools.cache
-def _log_routing_once() -> None:
-    _log.info("flaggems_flash_attn_backward: %s", routing())

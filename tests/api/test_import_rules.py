@@ -66,13 +66,12 @@ RULES = {
             "backward.reference_impl",
         )
     ),
-    "flash_attn_flaggems_backend": Rule(
-        ("backends.base", "problem", "hardware", "torch_ops"), ("torch", "triton", "flag_gems")
-    ),
+    "backends.flaggems": Rule(("backends.base", "problem", "hardware"), ("torch", "flag_gems")),
+    "flash_attn_flaggems_backend": Rule(("backends", "torch_ops")),
     "backends": Rule(("backends", "problem", "hardware")),
     "dispatch": Rule(("backends", "problem", "hardware", "launch")),
     "torch_ops": Rule(("dispatch",)),
-    "backward.flaggems_backward": Rule(("backward", "backends", "dispatch", "flash_attn_flaggems_backend")),
+    "backward.flaggems_backward": Rule(("backward.call", "backends", "dispatch")),
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops")),
     "kvcache": Rule(("kvcache", "problem", "backward", "torch_ops")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
@@ -87,16 +86,18 @@ RULES = {
     "": Rule(("flash_attn_interface",), ()),
 }
 LAZY_ONLY = {
-    "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.reference"),
+    "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.flaggems", "backends.reference"),
     "backends.launcher": ("triton",),
     "backends.portable": ("triton", "kernels"),
     "backends.hopper": ("triton", "kernels"),
     "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
+    "backends.flaggems": ("flag_gems",),
 }
 
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14
 UPSTREAM_SIGNATURES = (
     "flash_attn_interface.",
+    "flash_attn_flaggems_backend.",
     "torch_ops.",
     "flash_attn_2_cuda.",
     "backward.",

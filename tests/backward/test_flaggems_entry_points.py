@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from flash_attn import backward, dispatch, reference
-from flash_attn.backward import flaggems_backward
+from flash_attn import backends, backward, dispatch, reference
 from flash_attn.errors import InvalidArgument
+from flash_attn.hardware import CPU
+from flash_attn.problem import describe
 from tests.support.cases import BF16, FP32, Case
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
@@ -147,11 +148,23 @@ def test_signatures_are_those_asked_for():
 
 
 def test_routing_is_logged_once(caplog):
-    flaggems_backward._log_routing_once.cache_clear()
-    x = torch.zeros(1, 4, 1, 8)
+    backends.choose_backward_backend.cache_clear()
+    backends._log_routing_once.cache_clear()
+    dispatch._plans.clear()
     with caplog.at_level(logging.INFO, logger="flash_attn"):
-        for _ in range(2):
-            DENSE(x, x, x, x, x, torch.zeros(1, 1, 4))
-    records = [r.getMessage() for r in caplog.records if "FlagGems" in r.getMessage()]
-    assert len(records) == 1
-    assert flaggems_backward.routing() in records[0]
+        for seqlen in (4, 4, 300):
+            x = torch.zeros(1, seqlen, 1, 8)
+            DENSE(x, x, x, x, x, torch.zeros(1, 1, seqlen))
+    records = [r.getMessage() for r in caplog.records if "flaggems" in r.getMessage()]
+    assert records == [
+        f"gradients of backend flaggems are computed by {chosen()}: {backends.load('flaggems').forward_only}"
+    ]
+
+
+def chosen():
+    return backends.choose_backend(describe_zeros(), CPU, None).name
+
+
+def describe_zeros():
+    x = torch.zeros(1, 4, 1, 8)
+    return describe(x, x, x, 0.0, 1.0, False, -1, -1, 0.0)[0]

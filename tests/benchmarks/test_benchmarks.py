@@ -9,7 +9,7 @@ import torch
 from benchmarks import host, report, run, timing
 from benchmarks.cases import SWEEPS, Case, comparison_groups, plain, sweep_cases, visible_pairs
 from benchmarks.prewarm import share_kernels
-from benchmarks.providers import PROVIDERS, Provider, canonical_window, launch, make_inputs
+from benchmarks.providers import PROVIDERS, Provider, canonical_window, installed, launch, make_inputs
 from flash_attn import reference
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_cases_are_well_formed(sweep):
         assert case.dropout_p == 0 or case.softcap == 0
         assert not case.baseline or case.baseline in names
         assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
-        if sweep != "tiny":
+        if sweep != "tiny" and case.layout != "paged":
             assert case.tokens == (16384, 16384)
         if case.layout == "varlen":
             assert (case.batch, case.seqlen_q) == (len(case.lengths), max(case.lengths))
@@ -107,6 +107,35 @@ def whole_result(case, inputs):
     if case.direction == "forward":
         return (out,)
     return torch.autograd.grad(out, inputs.operands, inputs.dout.double())
+
+
+def test_paged_keys_are_those_of_the_table():
+    """Ours against the slices of the specification; another table gives other results."""
+    words = dict(nheads=4, nheads_k=2, dtype="float32", layout="paged", batch=3, seqlen_k=32, page_size=8)
+    case = plain(16, 1, False, "forward", **words)
+    inputs = make_inputs(case, CPU)
+    assert inputs.k.shape == (12, 8, 2, 16) and sorted(inputs.block_table.flatten().tolist()) == list(range(12))
+    slices = timing.expected_slices(case, inputs)
+    assert timing.relative_error(case, (PROVIDERS["cpu"].forward(case, inputs),), slices) < 1e-5
+    other = inputs._replace(block_table=inputs.block_table.flip(0))
+    assert timing.relative_error(case, (PROVIDERS["cpu"].forward(case, other),), slices) > 0.1
+
+
+def test_providers_without_their_package_are_left_out(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "flag_gems" else object())
+    assert installed(["ours", "flaggems", "fa2", "flaggems_sdpa"]) == ["ours", "fa2"]
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert installed(["ours", "flaggems"]) == ["ours", "flaggems"]
+
+
+def test_error_table_shows_wrong_results_in_bold():
+    case = plain(64, 1024, False, "backward")
+    wrong = "wrong result: error 3.10e-01, allowed 1e-02"
+    results = [timing.Result(case, "ours", 1.5, error=0.0031), timing.Result(case, "flaggems_sdpa", refused=wrong)]
+    assert "| D64 S1k full backward | 3.1e-03 | **3.10e-01** |" in report.error_table(results)
+    document = {"sweep": "flaggems", "results": [report.result_to_json(result) for result in results]}
+    assert report.error_table(results) in report.kernel_section(document)
 
 
 def test_nan_never_passes_the_check():

@@ -11,6 +11,10 @@ DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob(
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
 SOURCE_FILE = re.compile(r"`((?:flash_attn|flash_attn_2_cuda|benchmarks|tests|docs|tools|examples)/[\w./-]+\.\w+)`")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+TRANSLATIONS = {
+    path: ROOT / ("" if path.name == "README.md" else "docs") / path.name for path in (ROOT / "docs/zh").glob("*.md")
+}
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -46,3 +50,20 @@ def test_links_lead_somewhere(path):
 def test_named_source_files_exist(path):
     missing = [name for name in SOURCE_FILE.findall(path.read_text()) if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_translations_are_those_asked_for():
+    names = {"README.md", "flash_attention_backward_algorithm.md", "flaggems_backward_analysis.md"}
+    assert {path.name for path in TRANSLATIONS} == names
+
+
+@pytest.mark.parametrize("path", TRANSLATIONS, ids=relative)
+def test_translations_have_the_code_the_numbers_and_the_sections_of_their_originals(path):
+    """Fenced blocks word for word; as many headings and table rows; the same line references."""
+    original, translation = TRANSLATIONS[path].read_text(), path.read_text()
+    assert FENCED.findall(translation) == FENCED.findall(original)
+    prose, translated = (FENCED.sub("", text) for text in (original, translation))
+    for line in (r"^#+ ", r"^\|"):
+        assert len(re.findall(line, translated, re.MULTILINE)) == len(re.findall(line, prose, re.MULTILINE))
+    for quoted in (r"`[\w./]+\.py:\d+[-\d]*`", r"`:\d+[-\d]*`"):
+        assert sorted(re.findall(quoted, translated)) == sorted(re.findall(quoted, prose))

@@ -92,7 +92,7 @@ def test_use_nests_and_survives_errors():
 
 
 def test_use_of_an_unknown_name():
-    with pytest.raises(InvalidArgument, match=r"'cuda'.*portable, cpu, reference"), use("cuda"):
+    with pytest.raises(InvalidArgument, match=r"'cuda'.*portable, cpu, flaggems, reference"), use("cuda"):
         pass
 
 
@@ -162,6 +162,40 @@ def test_reason_of_the_cpu_backend():
         assert f"on {hardware.kind}" in explain(problem(), hardware)["cpu"]
 
 
+@pytest.mark.parametrize("hardware", [HOPPER, CDNA, CPU], ids=lambda hardware: hardware.kind)
+def test_flaggems_runs_on_request_only(monkeypatch, hardware):
+    """On NVIDIA, AMD and the CPU; it accepts the problem, and refuses nothing."""
+    accepting = SimpleNamespace(name="flaggems", forward_only="no gradients", unsupported=lambda *_: None)
+    monkeypatch.setattr(
+        backends, "load", lambda name, load=backends.load: accepting if name == "flaggems" else load(name)
+    )
+    backends.choose_backend.cache_clear()
+    asked = problem(headdim=52)
+    assert select_backend(asked, hardware) is not accepting
+    assert explain(asked, hardware)["flaggems"].startswith("could run it, gradients by ")
+    with use("flaggems"):
+        assert select_backend(asked, hardware) is accepting
+    backends.choose_backend.cache_clear()
+
+
+def test_flaggems_comes_first_on_other_hardware(monkeypatch, caplog):
+    accepting = SimpleNamespace(name="flaggems", forward_only="no gradients", unsupported=lambda *_: None)
+    monkeypatch.setattr(
+        backends, "load", lambda name, load=backends.load: accepting if name == "flaggems" else load(name)
+    )
+    for cached in (backends.choose_backend, backends.choose_backward_backend, backends._log_routing_once):
+        cached.cache_clear()
+    asked = problem(headdim=52)
+    assert select_backend(asked, OTHER) is accepting
+    with caplog.at_level("INFO", logger="flash_attn"):
+        gradients = backends.choose_backward_backend(asked, OTHER, None)
+    assert gradients.name in ("portable", "reference")
+    assert caplog.messages == [f"gradients of backend flaggems are computed by {gradients.name}: no gradients"]
+    assert explain(asked, OTHER)["flaggems"] == f"runs it, gradients by {gradients.name}: no gradients"
+    for cached in (backends.choose_backend, backends.choose_backward_backend):
+        cached.cache_clear()
+
+
 def test_unsupported_problem_lists_every_reason(monkeypatch):
     refusing = {name: SimpleNamespace(unsupported=lambda *_, name=name: f"{name} says no") for name in backends.MODULES}
     monkeypatch.setattr(backends, "load", refusing.__getitem__)
@@ -169,8 +203,9 @@ def test_unsupported_problem_lists_every_reason(monkeypatch):
     with pytest.raises(UnsupportedProblem, match="no backend can run this problem") as caught:
         select_backend(asked, CPU)
     assert isinstance(caught.value, RuntimeError) and isinstance(caught.value, NotImplementedError)
-    assert caught.value.reasons == {name: f"{name} says no" for name in backends.MODULES}
-    for name in backends.MODULES:
+    tried = backends.automatic_order(CPU)
+    assert caught.value.reasons == {name: f"{name} says no" for name in tried}
+    for name in tried:
         assert f"{name}: {name} says no" in str(caught.value)
     assert "headdim=77" in str(caught.value)
 
@@ -179,14 +214,12 @@ def test_unsupported_problem_lists_every_reason(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_explain_agrees_with_the_choice(hardware, dtype):
     verdicts = explain(problem(dtype), hardware)
-    for name, reason in backends.ABSENT.items():
-        assert verdicts.pop(name) == reason
     assert list(verdicts) == list(backends.MODULES)
     chosen = [name for name, verdict in verdicts.items() if verdict == "runs it"]
     assert chosen == [select_backend(problem(dtype), hardware).name]
     for name, verdict in verdicts.items():
         refused = backends.load(name).unsupported(problem(dtype), hardware)
-        assert verdict == refused if refused else verdict in ("runs it", "could run it")
+        assert verdict == refused if refused else backends.able(verdict)
 
 
 def test_falling_back_to_plain_pytorch_is_logged(caplog):

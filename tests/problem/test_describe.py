@@ -45,7 +45,8 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     backend = Recorder()
-    monkeypatch.setattr(dispatch, "choose_backend", lambda problem, hardware, requested: backend)
+    for choice in ("choose_backend", "choose_backward_backend"):
+        monkeypatch.setattr(dispatch, choice, lambda problem, hardware, requested: backend)
     monkeypatch.setattr(dispatch, "_plans", {})
     return backend
 
