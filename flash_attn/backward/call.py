@@ -56,7 +56,7 @@ def make_words(
     )
 
 
-def _observed(x: Tensor) -> bool:
+def observed(x: Tensor) -> bool:
     """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
     return (
         torch.compiler.is_compiling()
@@ -110,7 +110,7 @@ def attend(
         alibi_slopes,
         return_softmax,
     )
-    if not _observed(q):
+    if not observed(q):
         return dispatch.forward(
             q,
             k,
@@ -135,7 +135,7 @@ def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not _observed(q) or block_table is not None:
+    if not observed(q) or block_table is not None:
         dispatch.backward(
             *tensors,
             *numbers,
