@@ -1,6 +1,7 @@
-"""Rotary position embedding: each pair of features is a plane, turned by an angle that grows with the position."""
+"""Rotary position embedding of one pair of coordinates: the product (first + i second) * (cos + i sin)."""
 
 import triton
+import triton.language as tl  # noqa: F401 - the interpreter looks for it
 
 
 @triton.jit
