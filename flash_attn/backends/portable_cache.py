@@ -20,6 +20,7 @@ from flash_attn.launch.decode import (
     block_m,
     decode_config,
     keys_per_split,
+    num_warps,
     pipeline_stages,
     prefers_decode,
     split_count,
@@ -81,19 +82,18 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
     tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
     strides = [portable.strides(x) for x in tensors]
-    pages = portable.page_numbers(operands, APPEND_ROWS)
+    *pages, _whole = portable.page_numbers(operands, APPEND_ROWS)
     cos = append.rotary_cos
     angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
-    total_k = portable.fixed_arguments(operands).lengths[3]
-    lengths = (seqlen_q, seqlen_new, total_k, nheads, nheads_k)
+    numbers = (seqlen_q, seqlen_new, operands.max_seqlen_k, nheads, nheads_k, *pages)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *numbers) for pointer, numbers in zip(p[:6], strides, strict=True)),
+            *((pointer, *steps) for pointer, steps in zip(p[:6], strides, strict=True)),
             p[6],
-            (p[7], *pages),
+            p[7],
             (p[8], p[9], *angles),
-            *lengths,
+            *numbers,
         )
 
     pairs = 0 if cos is None else cos.shape[1]
@@ -109,7 +109,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     blocks = math.ceil(seqlen_new * nheads_k / APPEND_ROWS)
     if cos is not None:
         blocks += math.ceil(seqlen_q * nheads / APPEND_ROWS)
-    kinds = (*[arguments.Tensor] * 6, None, arguments.Pages, arguments.Rotary)
+    kinds = (*[arguments.Tensor] * 6, None, None, arguments.Rotary)
     return Launcher(kv_append_kernel, batch_size * blocks, build, kinds, constants, {"num_warps": 4})
 
 
@@ -161,50 +161,52 @@ def bind_decode(
     q = operands.q
     config = decode_config(problem, hardware)
     fixed = portable.fixed_arguments(operands)
-    seqlen_q, seqlen_k, _, total_k, left, right, _nheads, group = fixed.lengths
+    group = q.shape[2] // operands.k.shape[2]
     scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
     strides = [portable.strides(x) for x in (q, operands.k, operands.v)]
-    out_strides, lse_strides, split_strides = result_strides(q, num_splits)
-    pages = portable.page_numbers(operands, config.block_n)
-    appended = operands.appended or None
+    out_strides, lse_strides = result_strides(q, num_splits)
+    *pages, whole = portable.page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config, operands.block_table is not None)
-    lengths = (seqlen_q, seqlen_k, total_k, left, right, operands.k.shape[2], num_splits, fixed_blocks)
+    lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
+    numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, int(num_splits > 1), *pages)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *numbers) for pointer, numbers in zip(p[:3], strides, strict=True)),
+            *((pointer, *steps) for pointer, steps in zip(p[:3], strides, strict=True)),
             (p[3], *out_strides),
             (p[4], *lse_strides),
-            *split_strides,
-            (None, None, p[5], p[6], appended),
-            (p[7], *pages),
+            p[5],
+            p[6],
+            p[7],
             (scale, softcap, p[8], *score_rest),
-            *lengths,
+            *numbers,
         )
 
+    rows = block_m(operands.max_seqlen_q * group)
     constants = {
+        "WHOLE_BLOCKS": whole,
         "GROUP": group,
         "HEAD_DIM": problem.headdim,
         "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
-        "BLOCK_M": block_m(operands.max_seqlen_q * (group or 1)),
+        "BLOCK_M": rows,
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee",
         "STAGES": num_stages,
     }
-    kinds = (*[arguments.Tensor] * 5, None, None, arguments.Sequences, arguments.Pages, arguments.Score)
-    options = {"num_warps": config.num_warps, "num_stages": num_stages}
+    kinds = (*[arguments.Tensor] * 5, None, None, None, arguments.Score)
+    options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
     return Decode(num_splits, split, bind_merge(q, num_splits) if num_splits > 1 else None)
 
 
-def result_strides(q: Tensor, num_splits: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
-    """(batch, sequence, head) strides of what the split kernel writes, out and softmax_lse, and the strides of a split."""
+def result_strides(q: Tensor, num_splits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(batch, sequence, head) strides of what the split kernel writes: out and softmax_lse, or their parts."""
     _, seqlen_q, nheads, headdim = q.shape
     if num_splits == 1:
-        return portable.strides(torch.empty_like(q, device="meta")), (nheads * seqlen_q, 1, seqlen_q), (0, 0)
+        return portable.strides(torch.empty_like(q, device="meta")), (nheads * seqlen_q, 1, seqlen_q)
     rows = (seqlen_q * nheads * num_splits, nheads * num_splits, num_splits)
-    return tuple(row * headdim for row in rows), rows, (headdim, 1)
+    return tuple(row * headdim for row in rows), rows
 
 
 def bind_merge(q: Tensor, num_splits: int) -> Launcher:
@@ -213,7 +215,7 @@ def bind_merge(q: Tensor, num_splits: int) -> Launcher:
     from flash_attn.kernels.portable.decode import attn_decode_merge_kernel
 
     batch_size, seqlen_q, nheads, headdim = q.shape
-    out_strides, lse_strides, _ = result_strides(q, 1)
+    out_strides, lse_strides = result_strides(q, 1)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return p[0], p[1], (p[2], *out_strides), (p[3], *lse_strides), seqlen_q, nheads, num_splits

@@ -37,6 +37,11 @@ def block_m(packed_rows: int) -> int:
     return max(16, min(1 << (packed_rows - 1).bit_length(), MAX_PACKED_ROWS))
 
 
+def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
+    """Warps of a program: twice as many where the accumulator of a full tile would fill the registers of the usual ones."""
+    return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
+
+
 def pipeline_stages(config: DecodeConfig, paged: bool) -> int:
     """Triton's num_stages: of a load that needs another one first, the page's number, each has half of the stages."""
     return 2 * config.num_stages - 1 if paged else config.num_stages
@@ -68,6 +73,8 @@ def split_count(num_programs: int, num_blocks: int, hardware: Hardware, config: 
     return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=duration)
 
 
+WIDE_TILE = 64 * 128
+
 # of `split_count`; estimates, H200
 STARTUP_BLOCKS = 2.0
 MERGE_BLOCKS = 2.0
@@ -76,14 +83,17 @@ MERGE_BLOCKS_PER_SPLIT = 0.03
 
 @functools.lru_cache(maxsize=4096)
 def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
-    pad = head_dim_pad(headdim)
     if hardware.kind == "cpu":
         return INTERPRETER
     if dtype == "float32":
-        return FP32[pad]
-    if hardware.kind == "hip":
-        return HIP[pad]
-    return (HOPPER if hardware.arch in ("sm_90", "sm_100") else NVIDIA)[pad]
+        table = FP32
+    elif hardware.kind == "hip":
+        table = RDNA if hardware.arch.startswith("gfx1") else CDNA
+    else:
+        table = HOPPER if hardware.arch in ("sm_90", "sm_100") else NVIDIA
+    config = table[head_dim_pad(headdim)]
+    # rows whose alignment the compiler cannot know are loaded element by element, through registers
+    return config if headdim % 16 == 0 else config._replace(block_n=min(config.block_n, 32), num_warps=8)
 
 
 INTERPRETER = DecodeConfig(16, 4, 1, 1)
@@ -104,13 +114,14 @@ NVIDIA = {
     128: DecodeConfig(64, 4, 2, 2),
     256: DecodeConfig(32, 4, 2, 1),
 }
-HIP = {
+CDNA = {
     16: DecodeConfig(64, 4, 1, 2),
     32: DecodeConfig(64, 4, 1, 2),
     64: DecodeConfig(64, 4, 1, 2),
     128: DecodeConfig(64, 4, 1, 2),
     256: DecodeConfig(32, 4, 1, 2),
 }
+RDNA = {**CDNA, 256: DecodeConfig(16, 4, 1, 2)}
 FP32 = {
     16: DecodeConfig(64, 4, 2, 2),
     32: DecodeConfig(64, 4, 2, 2),

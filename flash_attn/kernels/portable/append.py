@@ -7,6 +7,7 @@ Token j lands behind the cache_seqlens tokens of its sequence; what has no place
 import triton
 import triton.language as tl
 
+from flash_attn.kernels.algebra.arguments import Pages
 from flash_attn.kernels.algebra.locate import locate_keys
 from flash_attn.kernels.algebra.rotary import rotate
 from flash_attn.kernels.algebra.span import clamp
@@ -45,13 +46,16 @@ def rotate_rows(
     tl.store(target[:, None] + second, y.to(dtype), mask=mask)
 
 
-APPEND_LENGTHS = ["seqlen_q", "seqlen_new", "total_k", "nheads", "nheads_k"]
+APPEND_LENGTHS = [
+    "seqlen_q", "seqlen_new", "capacity", "nheads", "nheads_k",
+    "table_stride", "max_pages", "page_size", "page_shift", "num_pages",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=APPEND_LENGTHS)
 def kv_append_kernel(
-    q, k_new, v_new, q_rotated, k_cache, v_cache, cache_seqlens, pages, rotary,
-    seqlen_q, seqlen_new, total_k, nheads, nheads_k,
+    q, k_new, v_new, q_rotated, k_cache, v_cache, cache_seqlens, block_table, rotary,
+    seqlen_q, seqlen_new, capacity, nheads, nheads_k, table_stride, max_pages, page_size, num_pages, page_shift,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, PAIRS_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -62,14 +66,15 @@ def kv_append_kernel(
         blocks += tl.cdiv(seqlen_q * nheads, BLOCK)
     batch = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    seqlen = clamp(tl.load(cache_seqlens + batch), 0, total_k)
+    seqlen = clamp(tl.load(cache_seqlens + batch), 0, capacity)
     if block < new_blocks:
         index = block * BLOCK + tl.arange(0, BLOCK)
         tokens, heads = index // nheads_k, index % nheads_k
         positions = seqlen + tokens
-        valid = (tokens < seqlen_new) & (positions < total_k)
+        valid = (tokens < seqlen_new) & (positions < capacity)
         slots, places = positions * 0 + batch, positions
-        if pages.block_table is not None:
+        if block_table is not None:
+            pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, None)
             slots, places, valid = locate_keys(pages, batch, positions, valid)
         source, target = sequence_base(k_new, batch, heads, tokens), sequence_base(k_cache, slots, heads, places)
         if rotary.cos is not None:

@@ -10,7 +10,7 @@ so that every key is read once. Which keys a split gets follows from the sequenc
 import triton
 import triton.language as tl
 
-from flash_attn.kernels.algebra.arguments import Dropout, Window
+from flash_attn.kernels.algebra.arguments import Dropout, Pages, Sequences, Window
 from flash_attn.kernels.algebra.interval import block_bounds, key_interval
 from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
@@ -30,16 +30,18 @@ def split_blocks(begin, end, split, num_splits, fixed_blocks):
     return tl.maximum(first, begin), tl.minimum(first + count, end)
 
 
+# none of these is compiled in: caches and batches change from call to call
 SPLIT_LENGTHS = [
-    "seqlen_q", "seqlen_k", "total_k", "window_left", "window_right", "nheads_k", "num_splits", "fixed_blocks",
-    "stride_out_split", "stride_lse_split",
+    "seqlen_q", "capacity", "appended", "window_left", "window_right", "nheads_k", "num_splits", "fixed_blocks",
+    "split_stride", "table_stride", "max_pages", "page_size", "page_shift", "num_pages",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SPLIT_LENGTHS)
 def attn_decode_split_kernel(
-    q, k, v, out, softmax_lse, stride_out_split, stride_lse_split, sequences, pages, score,
-    seqlen_q, seqlen_k, total_k, window_left, window_right, nheads_k, num_splits, fixed_blocks,
+    q, k, v, out, softmax_lse, seqused_k, leftpad_k, block_table, score,
+    seqlen_q, capacity, appended, window_left, window_right, nheads_k, num_splits, fixed_blocks, split_stride,
+    table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +52,9 @@ def attn_decode_split_kernel(
     split = tl.program_id(0) // (nheads_k * num_m) % num_splits
     batch = tl.program_id(0) // (nheads_k * num_m * num_splits)
     window = Window(window_left, window_right)
-    span = load_span(sequences, pages.block_table is not None, batch, seqlen_q, seqlen_k, seqlen_q, total_k)
+    pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS)
+    sequences = Sequences(None, None, seqused_k, leftpad_k, appended)
+    span = load_span(sequences, block_table is not None, batch, seqlen_q, capacity, seqlen_q, capacity)
 
     first_row = m_block * BLOCK_M
     last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
@@ -74,11 +78,11 @@ def attn_decode_split_kernel(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
-    out_rows = sequence_base(out, batch, heads, rows) + tl.cast(split, tl.int64) * stride_out_split
+    part = split * split_stride  # a row's parts lie side by side; without splits there is one
+    out_rows = sequence_base(out, batch, heads, rows) + part * HEAD_DIM
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
     tl.store(out_rows[:, None] + dims[None, :], values, mask=mask)
-    lse_rows = sequence_base(softmax_lse, batch, heads, rows) + split * stride_lse_split
-    tl.store(lse_rows, lse, mask=inside)
+    tl.store(sequence_base(softmax_lse, batch, heads, rows) + part, lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "nheads", "num_splits"])
