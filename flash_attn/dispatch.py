@@ -216,16 +216,21 @@ def attend_cache(
 
     `int_seqlens` stands for a `cache_seqlens` of equal numbers, which the host knows.
     """
-    q = contiguous_last(q)
-    tensors = CacheTensors(*[x if x is None else _contiguous_array(x) for x in tensors])
     window = (causal, window_size_left, window_size_right)
     numbers = (softmax_scale, *window, softcap, num_splits)
     plan = _plan(
         (q, k_cache, v_cache, *tensors),
         (*numbers, rotary_interleaved, int_seqlens is None),
-        lambda: describe_cache(q, k_cache, v_cache, tensors, *numbers, given_seqlens=int_seqlens is not None),
+        lambda: describe_cache(
+            contiguous_last(q), k_cache, v_cache, _contiguous(tensors), *numbers, given_seqlens=int_seqlens is not None
+        ),
         (requested_backend(), launch.pins()),
     )
+    if "contiguous" not in plan.memo:
+        same = zip(_contiguous(tensors), tensors, strict=True)
+        plan.memo["contiguous"] = contiguous_last(q) is q and all(a is b for a, b in same)
+    if not plan.memo["contiguous"]:
+        q, tensors = contiguous_last(q), _contiguous(tensors)
     k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes = tensors
     seqlen_new = 0 if k is None else k.shape[1]
     if int_seqlens is not None:
@@ -256,9 +261,9 @@ def attend_cache(
     return out, softmax_lse
 
 
-def _contiguous_array(x: Tensor) -> Tensor:
-    """New tokens are copied if their last dimension is not contiguous, arrays of numbers as upstream's are."""
-    return contiguous_last(x) if x.dim() > 1 else x.contiguous()
+def _contiguous(tensors: CacheTensors) -> CacheTensors:
+    """The tensors, copied where their last dimension is not contiguous."""
+    return CacheTensors(*[x if x is None or x.dim() == 0 else contiguous_last(x) for x in tensors])
 
 
 def _layouts(*tensors: Tensor) -> tuple[Any, ...]:

@@ -42,13 +42,16 @@ def attend_cache(
 ) -> ForwardResult:
     """See `portable.attend_cache`."""
     memo = {} if operands.memo is None else operands.memo
-    with device_guard(operands.q.device):
+    q = operands.q
+    with device_guard(q.device):
         if append is not None:
-            operands = operands._replace(q=append_tokens(operands, append, memo))
+            q = append_tokens(operands, append, memo)
         if "decode" not in memo:
-            memo["decode"] = plan_decode(problem, operands, num_splits)
+            memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
         plan = memo["decode"]
-        return portable.forward(problem, operands) if plan is None else decode(operands, plan)
+        if plan is None:
+            return portable.forward(problem, operands._replace(q=q))
+        return decode(q, operands, plan)
 
 
 def append_tokens(operands: Operands, append: Append, memo: dict[str, Any]) -> Tensor:
@@ -226,9 +229,8 @@ def bind_merge(q: Tensor, num_splits: int) -> Launcher:
     return Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
 
 
-def decode(operands: Operands, plan: Decode) -> ForwardResult:
-    """One launch, or with splits two."""
-    q = operands.q
+def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
+    """One launch, or with splits two; q stands for that of the operands."""
     batch_size, seqlen_q, nheads, headdim = q.shape
     out = torch.empty_like(q)
     softmax_lse = torch.empty((batch_size, nheads, seqlen_q), dtype=torch.float32, device=q.device)
