@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_attn import dispatch, torch_ops
 from flash_attn.errors import InvalidArgument
+from flash_attn.problem_kvcache import CacheTensors
 
 
 def fwd(
@@ -200,6 +201,55 @@ def varlen_bwd(
         zero_tensors,
     )
     return [dq, dk, dv, softmax_d]
+
+
+def fwd_kvcache(
+    q: Tensor,
+    kcache: Tensor,
+    vcache: Tensor,
+    k_: Tensor | None,
+    v_: Tensor | None,
+    seqlens_k_: Tensor | None,
+    rotary_cos_: Tensor | None,
+    rotary_sin_: Tensor | None,
+    cache_batch_idx_: Tensor | None,
+    leftpad_k_: Tensor | None,
+    block_table_: Tensor | None,
+    alibi_slopes_: Tensor | None,
+    out_: Tensor | None,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    is_rotary_interleaved: bool,
+    num_splits: int,
+) -> list[Tensor]:
+    """[out, softmax_lse] of queries over a cache, into which k_ and v_ are written first."""
+    results = dispatch.attend_cache(
+        q,
+        kcache,
+        vcache,
+        CacheTensors(
+            k_,
+            v_,
+            rotary_cos_,
+            rotary_sin_,
+            seqlens_k_,
+            cache_batch_idx_,
+            leftpad_k_,
+            block_table_,
+            alibi_slopes_,
+        ),
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        is_rotary_interleaved,
+        num_splits,
+    )
+    return _filled(out_, results)
 
 
 def _check_return_softmax(return_softmax: bool, p_dropout: float) -> None:

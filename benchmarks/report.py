@@ -298,7 +298,17 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f}"
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"kernel": kernel_section, "host": host_section}
+def decode_section(document: dict[str, Any]) -> str:
+    from benchmarks import decode
+
+    return decode.table(document)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "kernel": kernel_section,
+    "host": host_section,
+    "decode": decode_section,
+}
 
 
 def machine_line(about: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """From a call to a backend: the checks, the plan that remembers them, and the tensors' way through.
 
-`forward` and `backward` are what the registered operators of `torch_ops` do, without the dispatcher: eager autograd calls
-them directly and saves its cost.
+`forward`, `backward` and `attend_cache` are what the registered operators of `torch_ops` do, without the dispatcher: eager
+calls come here directly and save its cost.
 """
 
 import contextlib
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flash_attn import hardware, launch
 from flash_attn.backends import choose_backend, choose_backward_backend, requested_backend
-from flash_attn.backends.base import Backend, Gradients, Operands
+from flash_attn.backends.base import Append, Backend, Gradients, Operands
 from flash_attn.problem import AttentionProblem, check_gradients, check_rng_state, describe
+from flash_attn.problem_kvcache import CacheTensors, check_room, describe_cache, rotary_advances
 
 # the requested backend and the pinned launch configurations that were in force; autograd's threads do not see the caller's
 Scope = tuple[str | None, tuple[tuple[str, Any], ...]]
@@ -205,6 +206,75 @@ def backward(
     _, pins = plan.scope
     with launch.pinned(**dict(pins)) if pins else UNSCOPED:
         return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
+
+
+def attend_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tensors: CacheTensors,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    num_splits: int,
+    int_seqlens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse) of queries over a cache, into which the new tokens were written first.
+
+    `int_seqlens` stands for a `cache_seqlens` of equal numbers, which the host knows.
+    """
+    window = (causal, window_size_left, window_size_right)
+    numbers = (softmax_scale, *window, softcap, num_splits)
+    plan = _plan(
+        (q, k_cache, v_cache, *tensors),
+        (*numbers, rotary_interleaved, int_seqlens is None),
+        lambda: describe_cache(
+            contiguous_last(q), k_cache, v_cache, _contiguous(tensors), *numbers, given_seqlens=int_seqlens is not None
+        ),
+        (requested_backend(), launch.pins()),
+        choose_backend,
+    )
+    if "contiguous" not in plan.memo:
+        same = zip(_contiguous(tensors), tensors, strict=True)
+        plan.memo["contiguous"] = contiguous_last(q) is q and all(a is b for a, b in same)
+    if not plan.memo["contiguous"]:
+        q, tensors = contiguous_last(q), _contiguous(tensors)
+    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes = tensors
+    seqlen_new = 0 if k is None else k.shape[1]
+    if int_seqlens is not None:
+        check_room(int_seqlens, seqlen_new, plan.seqlen_k)
+        seqlens = torch.full((q.shape[0],), int_seqlens, dtype=torch.int32, device=q.device)
+    elif seqlens is not None and k is not None and seqlens.device.type == "cpu":
+        check_room(seqlens, seqlen_new, plan.seqlen_k)
+    append = None
+    if k is not None and v is not None:
+        append = Append(k, v, cos, sin, rotary_interleaved, rotary_advances(*window, plan.seqlen_k))
+    operands = Operands(
+        q,
+        k_cache,
+        v_cache,
+        softmax_scale,
+        plan.seqlen_q,
+        plan.seqlen_k,
+        plan.problem.window,
+        softcap,
+        alibi_slopes=alibi_slopes,
+        seqused_k=seqlens,
+        leftpad_k=leftpad,
+        block_table=block_table if batch_idx is None else batch_idx[:, None],
+        appended=seqlen_new,
+        memo=plan.memo,
+    )
+    out, softmax_lse, _ = plan.backend.attend_cache(plan.problem, operands, append, num_splits)
+    return out, softmax_lse
+
+
+def _contiguous(tensors: CacheTensors) -> CacheTensors:
+    """The tensors, copied where their last dimension is not contiguous."""
+    return CacheTensors(*[x if x is None or x.dim() == 0 else contiguous_last(x) for x in tensors])
 
 
 def _layouts(*tensors: Tensor) -> tuple[Any, ...]:

@@ -20,6 +20,8 @@ from flash_attn.backward.autograd_functions import (
 )
 from flash_attn.backward.call import run
 from flash_attn.errors import InvalidArgument
+from flash_attn.kvcache.kv_attention import attend_with_cache
+from flash_attn.problem_kvcache import CacheTensors
 from flash_attn.torch_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -57,6 +59,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "maybe_contiguous",
     "round_multiple",
 ]
@@ -355,6 +358,100 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         return_attn_probs,
     )
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention of new queries over a cache of keys and values, which first takes up the new keys and values, in place.
+
+    With n = cache_seqlens[b] and seqlen_new new tokens, which land at positions n to n + seqlen_new - 1 of sequence b, its
+    queries attend to positions cache_leftpad[b] to n + seqlen_new - 1. Masks are aligned to the last of these, as in
+    `flash_attn_func`: with seqlen_q = 2 and 5 keys, causal (1 = visible),
+
+        1 1 1 1 0
+        1 1 1 1 1
+
+    A row that sees no key has out 0 and softmax_lse -inf. Forward only. Launches depend on shapes alone, so that the call
+    can be captured in a CUDA graph, and compiled with torch.compile(fullgraph=True).
+
+    Nothing is read or written outside the caches, whatever the arrays hold: a negative length counts as 0, one past the
+    cache's end as the end. New tokens that have no place (past the end, or in a page whose id names none, such as -1) are
+    not written; keys of such pages count as zeros. `flash_attn.kvcache.kv_attention.batch_invariant` makes results
+    independent, to the bit, of what else is in the batch.
+
+    Args:
+        q: (batch_size, seqlen_q, nheads, headdim), fp16, bf16 or fp32, on a CPU also fp64; headdim 1 to 256.
+        k_cache: (batch_size_cache, seqlen_cache, nheads_k, headdim), or with a block_table
+            (num_pages, page_block_size, nheads_k, headdim); any strides, the last dimension contiguous.
+        v_cache: like k_cache.
+        k: (batch_size, seqlen_new, nheads_k, headdim), new keys; needs v and cache_seqlens.
+        v: like k.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2), dtype of q, seqlen_rotary at least the cache's length, rotary_dim a
+            multiple of 16 up to headdim; turns k and q, needs k. New key j has the angle of position n + j, left padding
+            counted. Query i has that of position n + i under a causal or local mask, otherwise every query that of n.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: tokens in the cache before the new ones, (batch_size,) int32, or an int for every sequence; None is
+            a full cache.
+        cache_batch_idx: (batch_size,) int32: sequence b lies at k_cache[cache_batch_idx[b]]. Should not repeat itself where
+            there are new tokens. Not with a block_table.
+        cache_leftpad: (batch_size,) int32: positions before it are skipped.
+        block_table: (batch_size, max_pages), int32: page of every page_block_size tokens of a sequence; any page size.
+        softmax_scale: multiplies q k^T; default headdim**-0.5.
+        causal: hide keys after the diagonal; overrides the right side of window_size.
+        window_size: (left, right) keys visible on each side of the diagonal, inclusive; -1 is unbounded.
+        softcap: c > 0 replaces a score s by c * tanh(s / c); 0 is off.
+        rotary_interleaved: features 2i and 2i + 1 form a pair (GPT-J); otherwise i and i + rotary_dim / 2 (GPT-NeoX).
+        alibi_slopes: (nheads,) or (batch_size, nheads), fp32; adds -slope * |i + seqlen_k - seqlen_q - j| to a score.
+        num_splits: parts that the keys of a sequence are shared out to; 0 chooses, 1 to 128.
+        return_softmax_lse: also return softmax_lse.
+
+    Returns:
+        out: like q. With return_softmax_lse, (out, softmax_lse): (batch_size, nheads, seqlen_q) fp32, natural log.
+
+    Raises:
+        InvalidArgument: shapes, dtypes, devices or ranges disagree, or lengths that the host knows (an int, or a tensor on
+            the CPU) leave no room for the new tokens; the message names both values. The caches are untouched.
+        UnsupportedProblem: no backend can run it; the message lists each backend's reason.
+
+    Source: upstream's flash_attn_with_kvcache; rotary positions from its flash_fwd_kernel.h; an int cache_seqlens has q's
+    batch size, as after 2.8.3.
+    """
+    tensors = CacheTensors(
+        k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
+    )
+    out, softmax_lse = attend_with_cache(
+        q,
+        k_cache,
+        v_cache,
+        tensors,
+        cache_seqlens,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        rotary_interleaved,
+        num_splits,
+    )
+    return (out, softmax_lse) if return_softmax_lse else out
 
 
 def _host_int(length: Any) -> Any:

@@ -29,7 +29,7 @@ Window = tuple[int | None, int | None]
 class AttentionProblem(NamedTuple):
     """What a backend needs to know to accept a call and to choose its launch configuration."""
 
-    layout: str  # "dense", "varlen" or "paged"
+    layout: str  # "dense", "varlen", "paged", or of a cache "cache" or "paged_cache"
     dtype: str  # "float16", "bfloat16", "float32" or "float64"
     batch_size: int  # bucketed
     seqlen_q: int  # longest query sequence, bucketed
@@ -122,7 +122,7 @@ def describe(
     Source: the checks of upstream's flash_api.cpp, whose words the messages start with.
     """
     varlen = cu_seqlens_q is not None
-    _check_operands(q, k, v, 3 if varlen else 4, direction)
+    check_operands(q, k, v, 3 if varlen else 4, direction)
     nheads, headdim = q.shape[-2], q.shape[-1]
     nheads_k = k.shape[-2]
     if cu_seqlens_q is not None:
@@ -136,9 +136,9 @@ def describe(
                 f"k must have shape (batch_size, seqlen_k, num_heads_k, head_size) with q's batch size {batch_size}, "
                 f"got {tuple(k.shape)}"
             )
-    _check_numbers(dropout_p, softmax_scale, softcap, window_size_left, window_size_right)
+    check_numbers(dropout_p, softmax_scale, softcap, window_size_left, window_size_right)
     if alibi_slopes is not None:
-        _check_alibi(alibi_slopes, batch_size, nheads, q.device)
+        check_alibi(alibi_slopes, batch_size, nheads, q.device)
     problem = AttentionProblem(
         layout="dense" if not varlen else ("varlen" if block_table is None else "paged"),
         dtype=DTYPES[q.dtype],
@@ -181,13 +181,13 @@ def check_gradients(
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             what = f"{name} tensor" if like is q and name != "dq" else name
             raise InvalidArgument(f"{what} must have contiguous last dimension, got strides {tensor.stride()}")
-        _check_device(name, tensor, q.device)
+        check_device(name, tensor, q.device)
     expected = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     if softmax_lse.shape != expected:
         raise InvalidArgument(f"softmax_lse must have shape {expected}, got {tuple(softmax_lse.shape)}")
     if softmax_lse.dtype not in (torch.float32, torch.float64):
         raise InvalidArgument(f"softmax_lse must have dtype fp32, got {softmax_lse.dtype}")
-    _check_device("softmax_lse", softmax_lse, q.device)
+    check_device("softmax_lse", softmax_lse, q.device)
 
 
 def check_rng_state(rng_state: Tensor | None, device: torch.device) -> None:
@@ -198,10 +198,11 @@ def check_rng_state(rng_state: Tensor | None, device: torch.device) -> None:
         raise InvalidArgument(
             f"rng_state must be two int64 numbers, got shape {tuple(rng_state.shape)} and dtype {rng_state.dtype}"
         )
-    _check_device("rng_state", rng_state, device)
+    check_device("rng_state", rng_state, device)
 
 
-def _check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int, direction: str) -> None:
+def check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int, direction: str) -> None:
+    """Shapes, dtypes, devices and strides of q, k and v; q has `ndim` dimensions."""
     if q.dim() != ndim or k.dim() not in (ndim, 4) or v.dim() != k.dim():
         words = "(batch_size, seqlen, num_heads, head_size)" if ndim == 4 else "(total, num_heads, head_size)"
         raise InvalidArgument(
@@ -255,26 +256,27 @@ def _check_varlen(
     if cu_seqlens_k is None:
         raise InvalidArgument("cu_seqlens_k must be given with cu_seqlens_q, got None")
     device = q.device
-    _check_index("cu_seqlens_q", cu_seqlens_q, None, device)
+    check_index("cu_seqlens_q", cu_seqlens_q, None, device)
     batch_size = cu_seqlens_q.shape[0] - 1
     if batch_size < 0:
         raise InvalidArgument(f"cu_seqlens_q must have shape (batch_size + 1), got {tuple(cu_seqlens_q.shape)}")
-    _check_index("cu_seqlens_k", cu_seqlens_k, (batch_size + 1,), device)
+    check_index("cu_seqlens_k", cu_seqlens_k, (batch_size + 1,), device)
     if seqused_k is not None:
-        _check_index("seqused_k", seqused_k, (batch_size,), device)
+        check_index("seqused_k", seqused_k, (batch_size,), device)
     if leftpad_k is not None:
-        _check_index("leftpad_k", leftpad_k, (batch_size,), device)
+        check_index("leftpad_k", leftpad_k, (batch_size,), device)
     if block_table is None:
         if k.dim() != 3:
             raise InvalidArgument(
                 f"k must have shape (total_k, num_heads_k, head_size) without a block_table, got {tuple(k.shape)}"
             )
     else:
-        _check_block_table(block_table, k, batch_size, device)
+        check_block_table(block_table, k, batch_size, device)
     return batch_size, _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)
 
 
-def _check_block_table(block_table: Tensor, k: Tensor, batch_size: int, device: torch.device) -> None:
+def check_block_table(block_table: Tensor, k: Tensor, batch_size: int, device: torch.device) -> None:
+    """A table of pages, and keys that lie in pages."""
     if k.dim() != 4 or k.shape[1] < 1:
         raise InvalidArgument(
             f"k must have shape (num_blocks, page_block_size, num_heads_k, head_size) with a block_table, "
@@ -289,10 +291,10 @@ def _check_block_table(block_table: Tensor, k: Tensor, batch_size: int, device: 
         )
     if block_table.shape[1] > 1 and block_table.stride(-1) != 1:
         raise InvalidArgument(f"block_table must have contiguous last dimension, got strides {block_table.stride()}")
-    _check_device("block_table", block_table, device)
+    check_device("block_table", block_table, device)
 
 
-def _check_index(name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
+def check_index(name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
     """An int32 vector of per-sequence numbers."""
     if tensor.dtype != torch.int32:
         raise InvalidArgument(f"{name} must have dtype int32, got {tensor.dtype}")
@@ -301,10 +303,11 @@ def _check_index(name: str, tensor: Tensor, shape: tuple[int, ...] | None, devic
         raise InvalidArgument(f"{name} must have shape {words}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise InvalidArgument(f"{name} must be contiguous, got strides {tensor.stride()}")
-    _check_device(name, tensor, device)
+    check_device(name, tensor, device)
 
 
-def _check_numbers(dropout_p: float, softmax_scale: float, softcap: float, left: int, right: int) -> None:
+def check_numbers(dropout_p: float, softmax_scale: float, softcap: float, left: int, right: int) -> None:
+    """Ranges of the options."""
     if not 0.0 <= dropout_p < 1.0:
         raise InvalidArgument(f"p_dropout must be at least 0 and < 1, got {dropout_p}")
     if not math.isfinite(softmax_scale):
@@ -315,7 +318,8 @@ def _check_numbers(dropout_p: float, softmax_scale: float, softcap: float, left:
         raise InvalidArgument(f"window_size must be at least -1 on each side, got ({left}, {right})")
 
 
-def _check_alibi(alibi_slopes: Tensor, batch_size: int, nheads: int, device: torch.device) -> None:
+def check_alibi(alibi_slopes: Tensor, batch_size: int, nheads: int, device: torch.device) -> None:
+    """One slope a head, or a head of a sequence."""
     if alibi_slopes.dtype != torch.float32:
         raise InvalidArgument(f"ALiBi slopes must have dtype fp32, got {alibi_slopes.dtype}")
     if alibi_slopes.shape not in ((nheads,), (batch_size, nheads)):
@@ -326,10 +330,11 @@ def _check_alibi(alibi_slopes: Tensor, batch_size: int, nheads: int, device: tor
         raise InvalidArgument(
             f"ALiBi slopes tensor must have contiguous last dimension, got strides {alibi_slopes.stride()}"
         )
-    _check_device("alibi_slopes", alibi_slopes, device)
+    check_device("alibi_slopes", alibi_slopes, device)
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Every tensor lies where q does."""
     if tensor.device != device:
         where = "CUDA" if device.type == "cuda" else "q's device"
         raise InvalidArgument(f"{name} must be on {where}: q is on {device}, {name} on {tensor.device}")

@@ -54,6 +54,16 @@ def poison(monkeypatch):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def unpoisoned(poison, monkeypatch):
+    """The allocations that `poison` has replaced, as torch.compile knows them."""
+    import torch._dynamo.testing
+
+    monkeypatch.undo()
+    torch._dynamo.trace_rules.clear_lru_cache()
+    torch._dynamo.reset()
+
+
 def _poisoned(allocate):
     def allocate_poisoned(*args, **kwargs):
         x = allocate(*args, **kwargs)

@@ -11,7 +11,7 @@ from flash_attn.problem import AttentionProblem
 class Operands(NamedTuple):
     """One call's tensors and run-time numbers, already validated by `problem.describe`."""
 
-    q: Tensor  # dense (batch, seqlen_q, nheads, headdim); varlen (total_q, nheads, headdim)
+    q: Tensor  # dense or over a cache (batch, seqlen_q, nheads, headdim); varlen (total_q, nheads, headdim)
     k: Tensor  # as q with nheads_k; paged (num_pages, page_block_size, nheads_k, headdim)
     v: Tensor  # as k
     softmax_scale: float
@@ -31,6 +31,18 @@ class Operands(NamedTuple):
     memo: dict[str, Any] | None = (
         None  # what a backend derived before, for calls equal in all but the tensors' contents
     )
+    appended: int = 0  # keys behind the first seqused_k of every sequence, which take part, too
+
+
+class Append(NamedTuple):
+    """New tokens of a cache, and the rotary angles of new keys and of queries; validated by `problem_kvcache`."""
+
+    k: Tensor  # (batch, seqlen_new, nheads_k, headdim)
+    v: Tensor  # as k
+    rotary_cos: Tensor | None = None  # (positions, pairs of features), contiguous along the pairs
+    rotary_sin: Tensor | None = None
+    interleaved: bool = True  # pairs of neighbours; otherwise feature i with feature i + pairs
+    advance: bool = True  # query i has the angle of its own position, otherwise all have that of the first
 
 
 class ForwardResult(NamedTuple):
@@ -50,9 +62,9 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """Four members; a backend says no in a sentence.
+    """Five members; a backend says no in a sentence.
 
-    One that computes no gradients has a fifth, `forward_only: str`, which says why.
+    One that computes no gradients has a sixth, `forward_only: str`, which says why.
     """
 
     name: str
@@ -73,3 +85,11 @@ class Backend(Protocol):
         gradients: Gradients,
     ) -> Tensor:
         """Writes the gradients; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
+
+    def attend_cache(
+        self, problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+    ) -> ForwardResult:
+        """Writes the new tokens into the caches (operands.k and v), then out and softmax_lse of the queries over them.
+
+        Every sequence has `seqused_k` tokens before; without it the caches are full. `num_splits` 0 leaves the choice.
+        """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flash_attn import random_bits
 from flash_attn.backends import spans
-from flash_attn.backends.base import ForwardResult, Gradients, Operands
+from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
+from flash_attn.backends.cache_append import append_tokens
 from flash_attn.backends.spans import Span
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware
@@ -101,6 +102,16 @@ def backward(
         spans.keys(gradients.dk, span).copy_(dk)
         spans.keys(gradients.dv, span).copy_(dv)
     return delta
+
+
+@torch.no_grad()
+def attend_cache(
+    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+) -> ForwardResult:
+    """The new tokens into the caches, then `forward` over them; splits would change nothing here."""
+    if append is not None:
+        operands = operands._replace(q=append_tokens(operands, append))
+    return forward(problem, operands)
 
 
 def _fused_causal(operands: Operands, span: Span) -> bool | None:

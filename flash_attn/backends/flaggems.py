@@ -47,6 +47,8 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
 def _outside_domain(problem: AttentionProblem) -> str | None:
     if problem.dtype not in ("float16", "bfloat16"):
         return f"FlagGems' attention takes float16 and bfloat16, not {problem.dtype}"
+    if problem.layout in ("cache", "paged_cache"):
+        return "FlagGems has no operator over a cache in which new tokens are written and rotated"
     if problem.dropout:
         return "FlagGems' dropout keeps fewer weights than it rescales for, and no backward can rebuild its mask"
     if problem.leftpad_k:

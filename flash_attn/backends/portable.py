@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import random_bits
-from flash_attn.backends.base import ForwardResult, Gradients, Operands
+from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
@@ -79,7 +79,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     with device_guard(q.device):
-        launch(q, operands.k, operands.v, out, softmax_lse, *_optional_tensors(operands), operands.block_table)
+        launch(q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), operands.block_table)
         scores = dropout_scores(problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
 
@@ -109,12 +109,21 @@ def backward(
         )
     launch_dq, launch_dkdv = bound
     q, k, v = operands.q, operands.k, operands.v
-    optional = _optional_tensors(operands)
+    optional = optional_tensors(operands)
     with device_guard(q.device):
         launch_dq(q, k, v, out, dout, gradients.dq, softmax_lse, delta, lse_log2, *optional)
         for launch in launch_dkdv:
             launch(q, k, v, dout, gradients.dk, gradients.dv, delta, lse_log2, *optional)
     return delta
+
+
+def attend_cache(
+    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+) -> ForwardResult:
+    """The new tokens into the caches, then attention over them: one launch for each, and one to merge splits."""
+    from flash_attn.backends import portable_cache
+
+    return portable_cache.attend_cache(problem, operands, append, num_splits)
 
 
 def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
@@ -127,10 +136,10 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     tma = _descriptors_fit(problem, hardware, k, v)
     config = forward_config(problem, hardware, tma)
     tma = tma and config.tma
-    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    q_strides, k_strides, v_strides, out_strides = map(_strides, (q, k, v, out))
-    lse_strides = _statistic_strides(softmax_lse)
-    pages = _page_numbers(operands)
+    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))
+    lse_strides = statistic_strides(softmax_lse)
+    pages, appended = page_numbers(operands, config.block_n), operands.appended or None
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -141,7 +150,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             (p[4], *lse_strides),
             _descriptor(t[1], config.block_n) if tma else None,
             _descriptor(t[2], config.block_n) if tma else None,
-            (p[5], p[6], p[7], p[8]),
+            (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
             (scale, softcap, p[9], *score_rest),
             (p[10], *dropout),
@@ -173,9 +182,9 @@ def bind_dq(
     tma = _descriptors_fit(problem, hardware, k, v)
     config = dq_config(problem, hardware, tma)
     tma = tma and config.tma
-    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(_strides, (q, k, v, out, dout, dq))
-    row_strides = _statistic_strides(softmax_lse)
+    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(strides, (q, k, v, out, dout, dq))
+    row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -190,7 +199,7 @@ def bind_dq(
             (p[8], *row_strides),
             _descriptor(t[1], config.block_n) if tma else None,
             _descriptor(t[2], config.block_n) if tma else None,
-            (p[9], p[10], p[11], p[12]),
+            (p[9], p[10], p[11], p[12], None),
             (scale, softcap, p[13], *score_rest),
             (p[14], *dropout),
             *lengths,
@@ -211,9 +220,9 @@ def bind_dkdv(
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
     fit = _descriptors_fit(problem, hardware, q, dout)
-    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = map(_strides, (q, k, v, dout, dk, dv))
-    row_strides = _statistic_strides(softmax_lse)
+    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = map(strides, (q, k, v, dout, dk, dv))
+    row_strides = statistic_strides(softmax_lse)
 
     def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
         tma = fit and config.tma
@@ -230,7 +239,7 @@ def bind_dkdv(
                 (p[7], *row_strides),
                 _descriptor(t[0], config.block_m) if tma else None,
                 _descriptor(t[3], config.block_m) if tma else None,
-                (p[8], p[9], p[10], p[11]),
+                (p[8], p[9], p[10], p[11], None),
                 (scale, softcap, p[12], *score_rest),
                 (p[13], *dropout),
                 *lengths,
@@ -253,11 +262,12 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     from flash_attn.kernels.portable.scores import attn_scores_kernel
 
     q, k = operands.q, operands.k
-    batch_size, scale, softcap, score_rest, dropout, lengths = _fixed(operands)
+    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
     padded = [math.ceil(length / 128) * 128 for length in (operands.max_seqlen_q, operands.max_seqlen_k)]
     scores = q.new_zeros(batch_size, q.shape[-2], *padded)
     block = 16 if q.device.type == "cpu" else 64
-    q_strides, k_strides, score_strides, pages = _strides(q), _strides(k), scores.stride()[:3], _page_numbers(operands)
+    q_strides, k_strides, score_strides = strides(q), strides(k), scores.stride()[:3]
+    pages = page_numbers(operands, block)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -265,7 +275,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
             (p[1], *k_strides),
             p[2],
             *score_strides,
-            (p[3], p[4], p[5], p[6]),
+            (p[3], p[4], p[5], p[6], None),
             (p[9], *pages),
             (scale, softcap, p[7], *score_rest),
             (p[8], *dropout),
@@ -284,11 +294,11 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         arguments.Dropout,
     )
     launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
-    launch(q, k, scores, *_optional_tensors(operands), operands.block_table)
+    launch(q, k, scores, *optional_tensors(operands), operands.block_table)
     return scores
 
 
-class _Fixed(NamedTuple):
+class FixedArguments(NamedTuple):
     """The kernel arguments that stay the same from call to call, without the pointers that some of them lead with."""
 
     batch_size: int
@@ -299,14 +309,14 @@ class _Fixed(NamedTuple):
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 
 
-def _fixed(operands: Operands) -> _Fixed:
+def fixed_arguments(operands: Operands) -> FixedArguments:
     q, k, slopes = operands.q, operands.k, operands.alibi_slopes
     nheads = q.shape[-2]
     total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
     if operands.block_table is not None:
         total_k = operands.block_table.shape[1] * k.shape[1]
     dropout_p = operands.dropout_p
-    return _Fixed(
+    return FixedArguments(
         batch_size=q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1,
         scale=max(abs(operands.softmax_scale), SMALLEST_SCALE),
         softcap=operands.softcap if operands.softcap > 0.0 else None,
@@ -328,7 +338,7 @@ def _fixed(operands: Operands) -> _Fixed:
     )
 
 
-def _optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
+def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
     return (
         operands.cu_seqlens_q,
         operands.cu_seqlens_k,
@@ -339,7 +349,7 @@ def _optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
     )
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, sequence, head) strides; packed batches have no batch stride."""
     if x.dim() == 3:
         stride_s, stride_h, _ = x.stride()
@@ -347,17 +357,20 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]  # type: ignore[return-value]
 
 
-def _statistic_strides(x: Tensor) -> tuple[int, int, int]:
+def statistic_strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, sequence, head) strides of softmax_lse and its like, contiguous along the sequence."""
     return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
 
 
-def _page_numbers(operands: Operands) -> tuple[int | None, ...]:
-    """Stride of the block table, pages per sequence, tokens per page, pages in all."""
+def page_numbers(operands: Operands, block_n: int) -> tuple[int | None, ...]:
+    """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, ..."""
     table = operands.block_table
     if table is None:
-        return (None,) * 4
-    return table.stride(0), table.shape[1], operands.k.shape[1], operands.k.shape[0]
+        return (None,) * 6
+    num_pages, page_size = operands.k.shape[:2]
+    shift = page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None
+    whole = table.shape[1] == 1 or (operands.leftpad_k is None and page_size % block_n == 0)
+    return table.stride(0), table.shape[1], page_size, num_pages, shift, 1 if whole else None
 
 
 def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> tuple[dict[str, Any], dict[str, Any]]:

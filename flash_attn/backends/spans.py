@@ -51,7 +51,10 @@ def spans(operands: Operands) -> Iterator[Span]:
         elif ends_k is not None:
             start_k, seqlen_k = _packed(ends_k, batch, total_k)
         if used_k is not None:
-            seqlen_k = used_k[batch] if paged else min(used_k[batch], seqlen_k)
+            used = used_k[batch]
+            if operands.appended > 0:
+                used = _clamp(used, 0, total_k) + operands.appended
+            seqlen_k = used if paged else min(used, seqlen_k)
         if leftpad_k is not None:
             leftpad = _clamp(leftpad_k[batch], 0, total_k - start_k)
             start_k += leftpad
@@ -137,7 +140,8 @@ def _length_arrays(operands: Operands) -> tuple[Tensor | None, ...]:
 
 
 def _has_lengths(operands: Operands) -> bool:
-    return any(array is not None for array in _length_arrays(operands))
+    """Whether sequences differ, in length or in where their pages lie."""
+    return operands.block_table is not None or any(array is not None for array in _length_arrays(operands))
 
 
 def _tokens(x: Tensor, span: Span, start: int, length: int) -> Tensor:

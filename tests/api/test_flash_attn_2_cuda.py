@@ -25,6 +25,10 @@ POSITIONS = {  # API.md 1.3, one word an argument
         "dout q k v out lse dq_ dk_ dv_ cu_q cu_k alibi max_q max_k p scale zero_tensors causal wl wr softcap "
         "deterministic gen rng_state"
     ),
+    "fwd_kvcache": (
+        "q kcache vcache k_ v_ seqlens_k_ cos_ sin_ cache_batch_idx_ leftpad_k block_table alibi out_ scale causal wl wr "
+        "softcap interleaved num_splits"
+    ),
 }
 WORDS = {  # what each of those words is called here
     "alibi": "alibi_slopes_",
@@ -34,6 +38,9 @@ WORDS = {  # what each of those words is called here
     "wl": "window_size_left",
     "wr": "window_size_right",
     "gen": "gen_",
+    "cos_": "rotary_cos_",
+    "sin_": "rotary_sin_",
+    "interleaved": "is_rotary_interleaved",
     "cu_q": "cu_seqlens_q",
     "cu_k": "cu_seqlens_k",
     "leftpad_k": "leftpad_k_",

@@ -22,13 +22,14 @@ class Rule(NamedTuple):
 
 # The first row that a module's name begins with is its rule.
 RULES = {
-    "flash_attn_2_cuda": Rule(("dispatch", "torch_ops", "problem")),
+    "flash_attn_2_cuda": Rule(("dispatch", "torch_ops", "problem", "problem_kvcache")),
     "bert_padding": Rule((), ("torch", "einops")),
     "errors": Rule((), ()),
     "hardware": Rule(()),
     "reference": Rule(()),
     "backward.reference_impl": Rule(()),
     "problem": Rule(()),
+    "problem_kvcache": Rule(("problem",)),
     "launch": Rule(("problem", "hardware", "launch"), ()),
     "kernels.algebra": Rule(("kernels.algebra",), ("triton",)),
     "kernels.portable": Rule(("kernels.algebra", "kernels.portable"), ("triton",)),
@@ -43,21 +44,38 @@ RULES = {
             "problem",
             "hardware",
             "launch",
+            "backends.portable_cache",
             "random_bits",
             "kernels.algebra",
             "kernels.portable",
         ),
         ("torch", "triton"),
     ),
+    "backends.portable_cache": Rule(
+        (
+            "backends.base",
+            "backends.launcher",
+            "backends.portable",
+            "problem",
+            "hardware",
+            "launch",
+            "kernels.algebra",
+            "kernels.portable",
+        ),
+    ),
+    "backends.cache_append": Rule(("backends.base",)),
     "backends.hopper": Rule(
         ("backends.base", "problem", "hardware", "launch", "kernels.algebra", "kernels.hopper"), ("torch", "triton")
     ),
     "random_bits": Rule(()),
     "backends.spans": Rule(("backends.base", "problem")),
-    "backends.cpu": Rule(("backends.base", "backends.spans", "problem", "hardware", "random_bits")),
+    "backends.cpu": Rule(
+        ("backends.base", "backends.cache_append", "backends.spans", "problem", "hardware", "random_bits")
+    ),
     "backends.reference": Rule(
         (
             "backends.base",
+            "backends.cache_append",
             "backends.spans",
             "problem",
             "hardware",
@@ -69,18 +87,20 @@ RULES = {
     "backends.flaggems": Rule(("backends.base", "problem", "hardware"), ("torch", "flag_gems")),
     "flash_attn_flaggems_backend": Rule(("backends", "torch_ops")),
     "backends": Rule(("backends", "problem", "hardware")),
-    "dispatch": Rule(("backends", "problem", "hardware", "launch")),
+    "dispatch": Rule(("backends", "problem", "problem_kvcache", "hardware", "launch")),
     "torch_ops": Rule(("dispatch",)),
     "backward.flaggems_backward": Rule(("backward.call", "backends", "dispatch")),
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops")),
-    "kvcache": Rule(("kvcache", "problem", "backward", "torch_ops")),
+    "kvcache": Rule(("kvcache", "problem", "problem_kvcache", "dispatch", "torch_ops", "launch")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
     "layers": Rule(("layers", "ops", "backward.call", "backends")),
     "ops.triton.rotary": Rule(
         ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
     ),
     "ops": Rule((), ()),
-    "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
+    "flash_attn_interface": Rule(
+        ("flash_attn_2_cuda", "problem", "problem_kvcache", "backward", "torch_ops", "kvcache")
+    ),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
     "": Rule(("flash_attn_interface",), ()),
@@ -88,7 +108,8 @@ RULES = {
 LAZY_ONLY = {
     "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.flaggems", "backends.reference"),
     "backends.launcher": ("triton",),
-    "backends.portable": ("triton", "kernels"),
+    "backends.portable": ("triton", "kernels", "backends.portable_cache"),
+    "backends.portable_cache": ("triton", "kernels"),
     "backends.hopper": ("triton", "kernels"),
     "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
     "backends.flaggems": ("flag_gems",),
@@ -109,11 +130,12 @@ UPSTREAM_SIGNATURES = (
 # What may be larger: a name or pattern of names -> (how large, why).
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "parameters of kernels.portable.*": (
-        28,
+        31,
         "Triton compiles once per value of an integer inside a tuple, so lengths stay arguments; so do tile sizes",
     ),
     "parameters of problem.describe": (19, "the arguments of all public functions, checked in one place"),
     "parameters of dispatch.*ward": (24, "the arguments of upstream's operators, dense and packed"),
+    "lines of module flash_attn_interface": (480, "upstream's seven functions, each with its whole documentation"),
     "lines of dispatch.backward": (80, "one line an argument"),
 }
 

@@ -25,6 +25,24 @@ OPTIONS = [
     ("deterministic", False),
     ("return_attn_probs", False),
 ]
+CACHE_OPTIONS = [
+    ("k", None),
+    ("v", None),
+    ("rotary_cos", None),
+    ("rotary_sin", None),
+    ("cache_seqlens", None),
+    ("cache_batch_idx", None),
+    ("cache_leftpad", None),
+    ("block_table", None),
+    ("softmax_scale", None),
+    ("causal", False),
+    ("window_size", (-1, -1)),
+    ("softcap", 0.0),
+    ("rotary_interleaved", True),
+    ("alibi_slopes", None),
+    ("num_splits", 0),
+    ("return_softmax_lse", False),
+]
 PACKED_LENGTHS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
 PUBLIC = {
     "flash_attn_func": ("q k v", OPTIONS),
@@ -33,6 +51,7 @@ PUBLIC = {
     "flash_attn_varlen_func": (f"q k v {PACKED_LENGTHS}", [*OPTIONS, ("block_table", None)]),
     "flash_attn_varlen_qkvpacked_func": ("qkv cu_seqlens max_seqlen", OPTIONS),
     "flash_attn_varlen_kvpacked_func": (f"q kv {PACKED_LENGTHS}", OPTIONS),
+    "flash_attn_with_kvcache": ("q k_cache v_cache", CACHE_OPTIONS),
 }
 NUMBERS = "dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes"
 GRADIENTS = "dout q k v out softmax_lse dq dk dv"

@@ -470,16 +470,6 @@ def test_fake_results_look_like_the_real_ones(layout, return_softmax, device, se
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
-@pytest.fixture
-def unpoisoned(poison, monkeypatch):
-    """The allocations that tests/conftest.py has replaced, as torch.compile knows them."""
-    import torch._dynamo.testing
-
-    monkeypatch.undo()
-    torch._dynamo.trace_rules.clear_lru_cache()
-    torch._dynamo.reset()
-
-
 def compiled_against_eager(backend, device, seed, loss, shapes):
     """loss(qkv, cu_seqlens) whole and with gradients; what is compiled for the first shape serves the others."""
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)

@@ -48,3 +48,16 @@ def budget(kernel: str, arch: str, pad: int, kind: str) -> Budget:
         if all(wanted is None or wanted == fact for wanted, fact in zip(pattern, facts, strict=True)):
             return found
     return DEFAULT
+
+
+# (kernel, architecture, head dim, dtype) of calls over a cache, where None stands for any; the first match counts.
+CACHE_BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {}
+
+
+def cache_budget(kernel: str, arch: str, headdim: int, dtype: str) -> Budget:
+    """The budget of a launch over a cache."""
+    facts = (kernel, arch, headdim, dtype)
+    for pattern, found in CACHE_BUDGETS.items():
+        if all(wanted is None or wanted == fact for wanted, fact in zip(pattern, facts, strict=True)):
+            return found
+    return DEFAULT

@@ -13,12 +13,13 @@ class Tensor(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where each sequence lies in a packed batch; (batch + 1,) and (batch,) int32 arrays."""
+    """Where each sequence lies in a packed batch or a cache; (batch + 1,) and (batch,) int32 arrays."""
 
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
     seqused_k: Any = None
     leftpad_k: Any = None
+    appended: Any = None  # keys that lie behind the first seqused_k of every sequence and take part, too
 
 
 class Pages(NamedTuple):
@@ -29,6 +30,8 @@ class Pages(NamedTuple):
     max_pages: Any = None
     page_size: Any = None
     num_pages: Any = None
+    shift: Any = None  # log2(page_size) where that is whole
+    whole_blocks: Any = None  # 1 when no block of keys crosses from one page to another
 
 
 class Window(NamedTuple):
@@ -47,6 +50,15 @@ class Score(NamedTuple):
     stride_alibi_b: Any = None
     exact: Any = None  # 1 for fp32 operands, whose softcap needs more than half precision
     negative: Any = None  # 1 when the caller's softmax_scale is below zero
+
+
+class Rotary(NamedTuple):
+    """Angles by position and pair of features: (positions, pairs) arrays with rows stride apart; see `rotary`."""
+
+    cos: Any = None
+    sin: Any = None
+    stride: Any = None
+    num_positions: Any = None
 
 
 class Dropout(NamedTuple):

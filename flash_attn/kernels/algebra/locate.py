@@ -7,7 +7,10 @@ import triton.language as tl
 @triton.jit
 def locate_keys(pages, batch, positions, valid):
     """(page, slot, valid) of keys by position in their sequence; page ids that name no page are not valid."""
-    index = positions // pages.page_size
+    if pages.shift is not None:
+        index = positions >> pages.shift
+    else:
+        index = positions // pages.page_size
     inside = valid & (index < pages.max_pages)
     page = tl.load(pages.block_table + tl.cast(batch, tl.int64) * pages.stride_b + index, mask=inside, other=-1)
     return page, positions - index * pages.page_size, inside & (page >= 0) & (page < pages.num_pages)

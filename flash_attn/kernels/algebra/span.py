@@ -47,6 +47,8 @@ def load_span(sequences, paged, batch, seqlen_q, seqlen_k, total_q, total_k):
             start_k, seqlen_k = packed_span(sequences.cu_seqlens_k, batch, total_k)
     if sequences.seqused_k is not None:
         seqused_k = tl.load(sequences.seqused_k + batch)
+        if sequences.appended is not None:
+            seqused_k = clamp(seqused_k, 0, total_k) + sequences.appended
         seqlen_k = seqused_k if paged else tl.minimum(seqused_k, seqlen_k)
     if sequences.leftpad_k is not None:
         leftpad = clamp(tl.load(sequences.leftpad_k + batch), 0, total_k - start_k)

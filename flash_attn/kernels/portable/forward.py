@@ -17,7 +17,14 @@ from flash_attn.kernels.algebra.interval import block_bounds, key_interval, visi
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
-from flash_attn.kernels.portable.tiles import load_paged_rows, load_rows, row_base, sequence_base, store_rows
+from flash_attn.kernels.portable.tiles import (
+    load_page_rows,
+    load_paged_rows,
+    load_rows,
+    row_base,
+    sequence_base,
+    store_rows,
+)
 
 
 @triton.jit
@@ -36,6 +43,10 @@ def load_keys(
     """One (BLOCK_N, HEAD_DIM_PAD) tile of keys or values."""
     if desc is not None:
         tile = desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
+    elif pages.whole_blocks is not None:
+        first = span.start_k + n_block * BLOCK_N
+        end = span.start_k + span.seqlen_k
+        tile = load_page_rows(t, pages, batch, head_k, first, end, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     elif pages.block_table is not None:
         cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = load_paged_rows(t, pages, batch, head_k, span.start_k, cols, span.seqlen_k, HEAD_DIM, HEAD_DIM_PAD)

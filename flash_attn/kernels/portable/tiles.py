@@ -64,6 +64,16 @@ def load_paged_rows(t, pages, batch, head, start, cols, seqlen, HEAD_DIM: tl.con
 
 
 @triton.jit
+def load_page_rows(
+    t, pages, batch, head, first, end, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr
+):
+    """The tile of tokens first .. min(first + BLOCK, end) of a sequence, all of which lie in one page."""
+    page, slot, valid = locate_keys(pages, batch, first, first < end)
+    base = sequence_base(t, page, head, slot)
+    return load_rows(t, base, 0, tl.where(valid, end - first, 0), BLOCK, HEAD_DIM, HEAD_DIM_PAD)
+
+
+@triton.jit
 def row_base(t, batch, head, start):
     """Pointer to the per-row statistic of token 0 of one sequence and head."""
     return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + start

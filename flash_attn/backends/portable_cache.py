@@ -1,0 +1,255 @@
+"""Launches the cache's kernels: append, decode with its merge, and the forward kernel where the queries are many.
+
+As in `portable`, a launch is bound once for its shapes and reused. Grids and splits follow from shapes alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn.backends import portable
+from flash_attn.backends.base import Append, ForwardResult, Operands
+from flash_attn.backends.launcher import Launcher
+from flash_attn.hardware import Hardware, device_guard
+from flash_attn.launch.decode import (
+    APPEND_ROWS,
+    MERGE_SPLITS,
+    block_m,
+    decode_config,
+    keys_per_split,
+    num_warps,
+    pipeline_stages,
+    prefers_decode,
+    split_count,
+)
+from flash_attn.launch.forward import forward_config, head_dim_pad
+from flash_attn.problem import AttentionProblem
+
+
+class Decode(NamedTuple):
+    """The launches of one decode call; without a merge the first one writes the results itself."""
+
+    num_splits: int
+    split: Launcher
+    merge: Launcher | None
+
+
+def attend_cache(
+    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+) -> ForwardResult:
+    """See `portable.attend_cache`."""
+    memo = {} if operands.memo is None else operands.memo
+    q = operands.q
+    with device_guard(q.device):
+        if append is not None:
+            q = append_tokens(operands, append, memo)
+        if "decode" not in memo:
+            memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
+        plan = memo["decode"]
+        if plan is None:
+            return portable.forward(problem, operands._replace(q=q))
+        return decode(q, operands, plan)
+
+
+def append_tokens(operands: Operands, append: Append, memo: dict[str, Any]) -> Tensor:
+    """Writes the new tokens; returns the queries, rotated where there are angles."""
+    q = operands.q
+    q_rotated = q if append.rotary_cos is None else torch.empty_like(q)
+    launch = memo.get("append")
+    if launch is None:
+        launch = memo["append"] = bind_append(operands, append, q_rotated)
+    launch(
+        q,
+        append.k,
+        append.v,
+        q_rotated,
+        operands.k,
+        operands.v,
+        operands.seqused_k,
+        operands.block_table,
+        append.rotary_cos,
+        append.rotary_sin,
+    )
+    return q_rotated
+
+
+def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launcher:
+    """The append launch for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.portable.append import kv_append_kernel
+
+    batch_size, seqlen_q, nheads, headdim = operands.q.shape
+    seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
+    tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
+    strides = [portable.strides(x) for x in tensors]
+    *pages, _whole = portable.page_numbers(operands, APPEND_ROWS)
+    cos = append.rotary_cos
+    angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
+    numbers = (seqlen_q, seqlen_new, operands.max_seqlen_k, nheads, nheads_k, *pages)
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            *((pointer, *steps) for pointer, steps in zip(p[:6], strides, strict=True)),
+            p[6],
+            p[7],
+            (p[8], p[9], *angles),
+            *numbers,
+        )
+
+    pairs = 0 if cos is None else cos.shape[1]
+    constants = {
+        "HEAD_DIM": headdim,
+        "HEAD_DIM_PAD": head_dim_pad(headdim),
+        "PAIRS": pairs,
+        "PAIRS_PAD": max(1, 1 << (pairs - 1).bit_length()) if pairs else 1,
+        "INTERLEAVED": append.interleaved,
+        "ADVANCE": append.advance,
+        "BLOCK": APPEND_ROWS,
+    }
+    blocks = math.ceil(seqlen_new * nheads_k / APPEND_ROWS)
+    if cos is not None:
+        blocks += math.ceil(seqlen_q * nheads / APPEND_ROWS)
+    kinds = (*[arguments.Tensor] * 6, None, None, arguments.Rotary)
+    return Launcher(kv_append_kernel, batch_size * blocks, build, kinds, constants, {"num_warps": 4})
+
+
+def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode | None:
+    """The launches of the decode kernel, or None where the forward kernel suits the queries better."""
+    q, k = operands.q, operands.k
+    hardware = portable.hardware_of(q.device)
+    batch_size, seqlen_q, nheads, _ = q.shape
+    packed_rows = seqlen_q * (nheads // k.shape[2])
+    per_split = keys_per_split()
+    forward_rows = forward_config(problem, hardware, False).block_m
+    forward_programs = math.ceil(seqlen_q / forward_rows) * batch_size * nheads
+    chosen_elsewhere = num_splits > 1 or per_split is not None
+    if not chosen_elsewhere and not prefers_decode(packed_rows, forward_programs, hardware):
+        return None
+    config = decode_config(problem, hardware)
+    num_tiles = math.ceil(packed_rows / block_m(packed_rows)) * batch_size * k.shape[2]
+    num_keys = visible_keys(operands)
+    fixed_blocks = None
+    if per_split is not None:
+        fixed_blocks = math.ceil(per_split / config.block_n)
+        num_splits = math.ceil(operands.max_seqlen_k / (fixed_blocks * config.block_n))
+    elif num_splits == 0:
+        num_splits = split_count(num_tiles, math.ceil(num_keys / config.block_n), hardware, config)
+    num_splits = max(1, num_splits)
+    return bind_decode(problem, operands, hardware, num_tiles, num_splits, fixed_blocks)
+
+
+def visible_keys(operands: Operands) -> int:
+    """Keys that the queries of one sequence may see together, at most."""
+    left, right = operands.window
+    if left is None or right is None:
+        return operands.max_seqlen_k
+    return min(operands.max_seqlen_k, operands.max_seqlen_q + left + right)
+
+
+def bind_decode(
+    problem: AttentionProblem,
+    operands: Operands,
+    hardware: Hardware,
+    num_tiles: int,
+    num_splits: int,
+    fixed_blocks: int | None,
+) -> Decode:
+    """The launches for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.portable.decode import attn_decode_split_kernel
+
+    q = operands.q
+    config = decode_config(problem, hardware)
+    fixed = portable.fixed_arguments(operands)
+    group = q.shape[2] // operands.k.shape[2]
+    scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
+    strides = [portable.strides(x) for x in (q, operands.k, operands.v)]
+    out_strides, lse_strides = result_strides(q, num_splits)
+    *pages, whole = portable.page_numbers(operands, config.block_n)
+    num_stages = pipeline_stages(config, operands.block_table is not None)
+    lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
+    numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, int(num_splits > 1), *pages)
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            *((pointer, *steps) for pointer, steps in zip(p[:3], strides, strict=True)),
+            (p[3], *out_strides),
+            (p[4], *lse_strides),
+            p[5],
+            p[6],
+            p[7],
+            (scale, softcap, p[8], *score_rest),
+            *numbers,
+        )
+
+    rows = block_m(operands.max_seqlen_q * group)
+    constants = {
+        "WHOLE_BLOCKS": whole,
+        "GROUP": group,
+        "HEAD_DIM": problem.headdim,
+        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
+        "BLOCK_M": rows,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee",
+        "STAGES": num_stages,
+    }
+    kinds = (*[arguments.Tensor] * 5, None, None, None, arguments.Score)
+    options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
+    num_programs = num_tiles * num_splits if q.numel() else 0
+    split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
+    return Decode(num_splits, split, bind_merge(q, num_splits) if num_splits > 1 else None)
+
+
+def result_strides(q: Tensor, num_splits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(batch, sequence, head) strides of what the split kernel writes: out and softmax_lse, or their parts."""
+    _, seqlen_q, nheads, headdim = q.shape
+    if num_splits == 1:
+        return portable.strides(torch.empty_like(q, device="meta")), (nheads * seqlen_q, 1, seqlen_q)
+    rows = (seqlen_q * nheads * num_splits, nheads * num_splits, num_splits)
+    return tuple(row * headdim for row in rows), rows
+
+
+def bind_merge(q: Tensor, num_splits: int) -> Launcher:
+    """The launch that merges the parts of queries like these."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.portable.decode import attn_decode_merge_kernel
+
+    batch_size, seqlen_q, nheads, headdim = q.shape
+    out_strides, lse_strides = result_strides(q, 1)
+
+    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        return p[0], p[1], (p[2], *out_strides), (p[3], *lse_strides), seqlen_q, nheads, num_splits
+
+    constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
+    kinds = (None, None, arguments.Tensor, arguments.Tensor)
+    num_programs = batch_size * seqlen_q * nheads
+    return Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
+
+
+def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
+    """One launch, or with splits two; q stands for that of the operands."""
+    batch_size, seqlen_q, nheads, headdim = q.shape
+    out = torch.empty_like(q)
+    softmax_lse = torch.empty((batch_size, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    part_out, part_lse = out, softmax_lse
+    if plan.merge is not None:
+        rows = (batch_size, seqlen_q, nheads, plan.num_splits)
+        part_out = torch.empty((*rows, headdim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    plan.split(
+        q,
+        operands.k,
+        operands.v,
+        part_out,
+        part_lse,
+        operands.seqused_k,
+        operands.leftpad_k,
+        operands.block_table,
+        operands.alibi_slopes,
+    )
+    if plan.merge is not None:
+        plan.merge(part_out, part_lse, out, softmax_lse)
+    return ForwardResult(out, softmax_lse)

@@ -1,0 +1,114 @@
+"""Decode kernels: few query rows against a long cache, whose keys are shared out over programs and merged afterwards.
+
+    split  one program per (batch entry, split, block of packed rows, key head): attention over the split's keys
+    merge  one program per row: the softmax of the parts' softmax_lse weighs the parts
+
+The query heads that share a key head lie in one tile: packed row r is query row r // GROUP of head r % GROUP of the group,
+so that every key is read once. Which keys a split gets follows from the sequence's own length, on the device.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_attn.kernels.algebra.arguments import Dropout, Pages, Sequences, Window
+from flash_attn.kernels.algebra.interval import block_bounds, key_interval
+from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
+from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
+from flash_attn.kernels.algebra.span import load_span
+from flash_attn.kernels.portable.forward import attend
+from flash_attn.kernels.portable.tiles import sequence_base
+
+
+@triton.jit
+def split_blocks(begin, end, split, num_splits, fixed_blocks):
+    """Key blocks [begin, end) of one split: an equal share, or with `fixed_blocks` the same keys whatever the lengths."""
+    if fixed_blocks is not None:
+        first, count = split * fixed_blocks, fixed_blocks
+    else:
+        count = tl.cdiv(end - begin, num_splits)
+        first = begin + split * count
+    return tl.maximum(first, begin), tl.minimum(first + count, end)
+
+
+# none of these is compiled in: caches and batches change from call to call
+SPLIT_LENGTHS = [
+    "seqlen_q", "capacity", "appended", "window_left", "window_right", "nheads_k", "num_splits", "fixed_blocks",
+    "split_stride", "table_stride", "max_pages", "page_size", "page_shift", "num_pages",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SPLIT_LENGTHS)
+def attn_decode_split_kernel(
+    q, k, v, out, softmax_lse, seqused_k, leftpad_k, block_table, score,
+    seqlen_q, capacity, appended, window_left, window_right, nheads_k, num_splits, fixed_blocks, split_stride,
+    table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    num_rows = seqlen_q * GROUP
+    num_m = tl.cdiv(num_rows, BLOCK_M)
+    head_k = tl.program_id(0) % nheads_k  # neighbours read the same tokens: their heads lie side by side in memory
+    m_block = tl.program_id(0) // nheads_k % num_m
+    split = tl.program_id(0) // (nheads_k * num_m) % num_splits
+    batch = tl.program_id(0) // (nheads_k * num_m * num_splits)
+    window = Window(window_left, window_right)
+    pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS)
+    sequences = Sequences(None, None, seqused_k, leftpad_k, appended)
+    span = load_span(sequences, block_table is not None, batch, seqlen_q, capacity, seqlen_q, capacity)
+
+    first_row = m_block * BLOCK_M
+    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+    first_lo, first_hi = key_interval(first_row // GROUP, span, window)
+    last_lo, last_hi = key_interval(last_row // GROUP, span, window)
+    begin, full_begin, full_end, end = block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK_N)
+    begin, end = split_blocks(begin, end, split, num_splits, fixed_blocks)
+
+    packed = first_row + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    heads = head_k * GROUP + packed % GROUP
+    dims = tl.arange(0, HEAD_DIM_PAD)
+    inside = packed < num_rows
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    q_rows = sequence_base(q, batch, heads, rows)
+    q_tile = tl.load(q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+    acc, row_max, row_sum = attend(
+        q_tile, k, v, None, None, sequence_base(k, batch, head_k, span.start_k),
+        sequence_base(v, batch, head_k, span.start_k), pages, batch, head_k, rows, span, window, score,
+        load_slope(score, batch, heads[:, None]), Dropout(None, None, None), 0, (begin, full_begin, full_end, end),
+        BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
+    )  # fmt: skip
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
+    part = split * split_stride  # a row's parts lie side by side; without splits there is one
+    out_rows = sequence_base(out, batch, heads, rows) + part * HEAD_DIM
+    values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
+    tl.store(out_rows[:, None] + dims[None, :], values, mask=mask)
+    tl.store(sequence_base(softmax_lse, batch, heads, rows) + part, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "nheads", "num_splits"])
+def attn_decode_merge_kernel(
+    part_out, part_lse, out, softmax_lse, seqlen_q, nheads, num_splits,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """part_out (batch, seqlen_q, nheads, num_splits, dim) and part_lse without dim, both contiguous."""
+    row = tl.program_id(0)
+    head = row % nheads
+    query = row // nheads % seqlen_q
+    batch = row // (nheads * seqlen_q)
+    first_part = tl.cast(row, tl.int64) * num_splits
+    dims = tl.arange(0, HEAD_DIM_PAD)
+    acc = tl.zeros([HEAD_DIM_PAD], tl.float32)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    # steps of a fixed size: parts that are empty, or beyond the last one, change no bit of the result
+    for first in tl.range(0, num_splits, BLOCK_SPLITS):
+        parts = first + tl.arange(0, BLOCK_SPLITS)
+        lse = tl.load(part_lse + first_part + parts, mask=parts < num_splits, other=float("-inf"))
+        mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
+        acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
+    inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E)
+    values = (acc * inverse_sum).to(out.ptr.dtype.element_ty)
+    tl.store(sequence_base(out, batch, head, query) + dims, values, mask=dims < HEAD_DIM)
+    tl.store(sequence_base(softmax_lse, batch, head, query) + tl.arange(0, 1), lse)

@@ -1,0 +1,64 @@
+"""`flash_attn_with_kvcache` above the backends: append, rotate, attend.
+
+While something listens to operators (torch.compile, a dispatch mode), a call goes through the registered operator, which
+mutates the caches; otherwise straight to its implementation, which saves the dispatcher's host time.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flash_attn import dispatch, launch
+from flash_attn.errors import InvalidArgument
+from flash_attn.kvcache.operator import _wrapped_flash_attn_with_kvcache
+from flash_attn.problem import parse_window
+from flash_attn.problem_kvcache import CacheTensors
+from flash_attn.torch_ops import observed
+
+KEYS_PER_SPLIT = 512
+
+
+def attend_with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tensors: CacheTensors,
+    cache_seqlens: int | Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int],
+    softcap: float,
+    rotary_interleaved: bool,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse); `cache_seqlens` may be an int, which means every sequence."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] > 0 else 1.0
+    left, right = parse_window(window_size)
+    numbers = (float(softmax_scale), bool(causal), left, right, float(softcap), bool(rotary_interleaved))
+    if not observed(q):
+        if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+            tensors = tensors._replace(cache_seqlens=cache_seqlens)
+            return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits)
+        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int(cache_seqlens))
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    # forward only, as upstream: the operator must not meet tensors that want a gradient
+    q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
+    *arrays, slopes = (None if x is None else x.detach() for x in tensors._replace(cache_seqlens=cache_seqlens))
+    return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits)
+
+
+@contextlib.contextmanager
+def batch_invariant(keys_per_split: int = KEYS_PER_SPLIT) -> Iterator[None]:
+    """Inside, a sequence's results are the same bits whatever else is in the batch, and however large the cache is.
+
+    Splits then hold a fixed number of keys (rounded up to a block of the kernel) instead of following from the number of
+    programs, which costs speed where one sequence has to fill a GPU; the `num_splits` of a call then has no say.
+    """
+    if keys_per_split < 1:
+        raise InvalidArgument(f"keys_per_split must be at least 1, got {keys_per_split}")
+    with launch.pinned(keys_per_split=keys_per_split):
+        yield

@@ -1,0 +1,131 @@
+"""Launch configurations of the decode, merge and append kernels, and the number of splits of a cache.
+
+Everything follows from shapes: what the device alone knows, such as the lengths in the cache, must not shape a launch, or a
+CUDA graph could not replay it.
+"""
+
+import functools
+from typing import NamedTuple
+
+from flash_attn.hardware import Hardware
+from flash_attn.launch import pinned_config
+from flash_attn.launch.forward import head_dim_pad
+from flash_attn.problem import AttentionProblem
+
+MAX_SPLITS = 128
+MAX_PACKED_ROWS = 64  # of the query heads of one key head: the largest tile of the decode kernel
+MERGE_SPLITS = 32  # parts a step of the merge kernel; one constant, so that no bit depends on the number of splits
+APPEND_ROWS = 16  # (token, head) rows of a program of the append kernel
+
+
+class DecodeConfig(NamedTuple):
+    """Tile and launch shape of one program of the decode kernel."""
+
+    block_n: int  # keys of a loop step
+    num_warps: int
+    num_stages: int  # key/value tiles in flight; see `pipeline_stages`
+    programs_per_sm: int  # that run at the same time: what the number of splits aims to fill
+
+
+def decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
+    """The configuration for one problem."""
+    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, hardware)
+
+
+def block_m(packed_rows: int) -> int:
+    """Rows of a tile that holds the query heads of one key head; tensor-core products need 16."""
+    return max(16, min(1 << (packed_rows - 1).bit_length(), MAX_PACKED_ROWS))
+
+
+def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
+    """Warps of a program: twice as many where the accumulator of a full tile would fill the registers of the usual ones."""
+    return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
+
+
+def pipeline_stages(config: DecodeConfig, paged: bool) -> int:
+    """Triton's num_stages: of a load that needs another one first, the page's number, each has half of the stages."""
+    return 2 * config.num_stages - 1 if paged else config.num_stages
+
+
+def keys_per_split() -> int | None:
+    """The fixed number of keys of a split where batch invariance was asked for, otherwise None."""
+    return pinned_config("keys_per_split")
+
+
+def prefers_decode(packed_rows: int, forward_programs: int, hardware: Hardware) -> bool:
+    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle."""
+    return packed_rows <= MAX_PACKED_ROWS or forward_programs < hardware.num_sms
+
+
+@functools.lru_cache(maxsize=4096)
+def split_count(num_programs: int, num_blocks: int, hardware: Hardware, config: DecodeConfig) -> int:
+    """Splits for the least time, where `num_programs` programs read `num_blocks` blocks of keys each.
+
+    In units of the time of one block: waves of programs, each as long as a split and STARTUP_BLOCKS, and the merge.
+    """
+    slots = hardware.num_sms * config.programs_per_sm
+
+    def duration(splits: int) -> float:
+        waves = -(-num_programs * splits // slots)
+        merge = 0.0 if splits == 1 else MERGE_BLOCKS + splits * MERGE_BLOCKS_PER_SPLIT
+        return waves * (-(-num_blocks // splits) + STARTUP_BLOCKS) + merge
+
+    return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=duration)
+
+
+WIDE_TILE = 64 * 128
+
+# of `split_count`; estimates, H200
+STARTUP_BLOCKS = 2.0
+MERGE_BLOCKS = 2.0
+MERGE_BLOCKS_PER_SPLIT = 0.03
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
+    if hardware.kind == "cpu":
+        return INTERPRETER
+    if dtype == "float32":
+        table = FP32
+    elif hardware.kind == "hip":
+        table = RDNA if hardware.arch.startswith("gfx1") else CDNA
+    else:
+        table = HOPPER if hardware.arch in ("sm_90", "sm_100") else NVIDIA
+    config = table[head_dim_pad(headdim)]
+    # rows whose alignment the compiler cannot know are loaded element by element, through registers
+    return config if headdim % 16 == 0 else config._replace(block_n=min(config.block_n, 32), num_warps=8)
+
+
+INTERPRETER = DecodeConfig(16, 4, 1, 1)
+
+# H200, bf16: two programs an SM keep more than the 33 KB in flight that 4.3 TB/s at 1 us latency need
+HOPPER = {
+    16: DecodeConfig(128, 4, 4, 4),
+    32: DecodeConfig(128, 4, 4, 4),
+    64: DecodeConfig(128, 4, 3, 2),
+    128: DecodeConfig(64, 4, 3, 2),
+    256: DecodeConfig(32, 4, 3, 2),
+}
+# unmeasured hardware: chosen to fit the smallest shared memory of the family
+NVIDIA = {
+    16: DecodeConfig(64, 4, 3, 4),
+    32: DecodeConfig(64, 4, 3, 4),
+    64: DecodeConfig(64, 4, 3, 2),
+    128: DecodeConfig(64, 4, 2, 2),
+    256: DecodeConfig(32, 4, 2, 1),
+}
+CDNA = {
+    16: DecodeConfig(64, 4, 1, 2),
+    32: DecodeConfig(64, 4, 1, 2),
+    64: DecodeConfig(64, 4, 1, 2),
+    128: DecodeConfig(64, 4, 1, 2),
+    256: DecodeConfig(32, 4, 1, 2),
+}
+RDNA = {**CDNA, 256: DecodeConfig(16, 4, 1, 2)}
+FP32 = {
+    16: DecodeConfig(64, 4, 2, 2),
+    32: DecodeConfig(64, 4, 2, 2),
+    64: DecodeConfig(32, 4, 2, 2),
+    128: DecodeConfig(32, 4, 2, 2),
+    256: DecodeConfig(16, 4, 2, 2),
+}

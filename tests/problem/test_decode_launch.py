@@ -1,0 +1,112 @@
+"""Splits and configurations of the decode kernel on invented hardware, and the plan of a call over a cache."""
+
+import pytest
+import torch
+
+from flash_attn import launch
+from flash_attn.hardware import Hardware
+from flash_attn.launch.decode import (
+    MAX_SPLITS,
+    DecodeConfig,
+    block_m,
+    decode_config,
+    keys_per_split,
+    pipeline_stages,
+    prefers_decode,
+    split_count,
+)
+from flash_attn.problem import AttentionProblem
+from flash_attn.problem_kvcache import CacheTensors, describe_cache, rotary_advances
+
+H200 = Hardware("cuda", "sm_90", 132, 227 * 1024)
+SMALL_GPU = Hardware("cuda", "sm_86", 20, 99 * 1024)
+CONFIG = DecodeConfig(64, 4, 3, 2)
+
+
+@pytest.mark.parametrize("hardware", [H200, SMALL_GPU])
+@pytest.mark.parametrize("programs", [1, 8, 63, 128, 512, 4096])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 32, 128, 2048])
+def test_splits_are_within_bounds(programs, blocks, hardware):
+    splits = split_count(programs, blocks, hardware, CONFIG)
+    assert 1 <= splits <= max(1, min(MAX_SPLITS, blocks))
+
+
+def test_few_programs_are_split_and_many_are_not():
+    assert split_count(8, 128, H200, CONFIG) >= 16  # one sequence of 8k keys, 8 key heads
+    assert split_count(8, 2048, H200, CONFIG) >= 32
+    assert split_count(512, 128, H200, CONFIG) == 1  # the batch alone fills the GPU
+    assert split_count(8, 1, H200, CONFIG) == 1
+
+
+def test_splits_leave_no_processor_idle():
+    """From one program to many, the last wave is at least two thirds full, or there is one block a split."""
+    slots = H200.num_sms * CONFIG.programs_per_sm
+    for programs in range(1, 2 * slots):
+        total = programs * split_count(programs, 512, H200, CONFIG)
+        waves = -(-total // slots)
+        assert total >= 0.66 * waves * slots or programs * MAX_SPLITS < slots, (
+            f"{programs} programs: {total} of {waves} waves"
+        )
+
+
+@pytest.mark.parametrize("rows, tile", [(1, 16), (4, 16), (16, 16), (17, 32), (64, 64), (65, 64), (4000, 64)])
+def test_tiles_hold_a_group(rows, tile):
+    assert block_m(rows) == tile
+
+
+def test_the_forward_kernel_takes_long_chunks():
+    assert prefers_decode(64, 10**6, H200)
+    assert prefers_decode(4096, 131, H200), "it would leave processors idle"
+    assert not prefers_decode(65, 132, H200)
+
+
+@pytest.mark.parametrize("headdim", [1, 8, 16, 32, 40, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120", "gfx942", "gfx1100"])
+def test_every_problem_has_a_configuration(arch, dtype, headdim):
+    kind = "hip" if arch.startswith("gfx") else "cuda"
+    problem = AttentionProblem("cache", dtype, 4, 1, 4096, 32, 8, headdim)
+    config = decode_config(problem, Hardware(kind, arch, 100, 64 * 1024))
+    assert config.block_n in (16, 32, 64, 128) and config.num_warps in (2, 4, 8)
+    assert decode_config(problem._replace(batch_size=256), Hardware(kind, arch, 100, 64 * 1024)) == config
+
+
+def test_pins():
+    pinned = DecodeConfig(32, 2, 2, 1)
+    problem = AttentionProblem("cache", "float16", 4, 1, 4096, 32, 8, 64)
+    with launch.pinned(decode=pinned, keys_per_split=256):
+        assert decode_config(problem, H200) is pinned and keys_per_split() == 256
+    assert decode_config(problem, H200) != pinned and keys_per_split() is None
+
+
+def test_pages_take_a_load_more():
+    assert pipeline_stages(CONFIG, paged=False) == 3 and pipeline_stages(CONFIG, paged=True) == 5
+    assert pipeline_stages(CONFIG._replace(num_stages=1), paged=True) == 1
+
+
+@pytest.mark.parametrize(
+    "words, advances",
+    [
+        ((False, -1, -1), False),
+        ((True, -1, -1), True),
+        ((False, 5, -1), True),
+        ((False, -1, 0), True),
+        ((False, 100, -1), False),  # a side as wide as the cache is none
+        ((False, -1, 100), False),
+    ],
+)
+def test_which_queries_advance(words, advances):
+    assert rotary_advances(*words, 100) == advances
+
+
+def test_the_problem_of_a_cache():
+    q, cache, lengths = torch.zeros(3, 1, 8, 64), torch.zeros(5, 100, 2, 64), torch.zeros(3, dtype=torch.int32)
+    tensors = CacheTensors(cache_seqlens=lengths, cache_leftpad=lengths)
+    problem, seqlen_q, room = describe_cache(q, cache, cache, tensors, 0.1, True, 30, -1, 0.0, 0)
+    assert (seqlen_q, room) == (1, 100)
+    assert problem == AttentionProblem(
+        "cache", "float32", 4, 1, 128, 8, 2, 64, (30, None), seqused_k=True, leftpad_k=True
+    )
+    table = torch.zeros(3, 7, dtype=torch.int32)
+    problem, _, room = describe_cache(q, cache, cache, CacheTensors(block_table=table), 0.1, False, -1, -1, 5.0, 128)
+    assert (problem.layout, problem.seqused_k, problem.softcap, room) == ("paged_cache", False, True, 700)
