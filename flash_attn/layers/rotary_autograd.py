@@ -144,10 +144,16 @@ def _rotate_qkv(
         out = rotate(heads, cos, sin, nheads_rotated=nheads_q + nheads_k)
         return qkv if inplace else out.view(qkv.shape)
     parts = qkv.unbind(HEADS) if qkv.dim() == 5 else qkv.split([nheads_q, nheads_k, nheads_k], HEADS)
+    if inplace and torch.compiler.is_compiling():
+        # inductor loses one of two writes into slices of one tensor (torch 2.11 and 2.13)
+        rotate = functools.partial(rotate, inplace=False)
     q, k = rotate(parts[0], cos, sin), rotate(parts[1], cos_k, sin_k)
-    if inplace:
-        return qkv
-    return torch.cat((q, k, parts[2]), HEADS).view(qkv.shape)
+    if not inplace:
+        return torch.cat((q, k, parts[2]), HEADS).view(qkv.shape)
+    if torch.compiler.is_compiling():
+        parts[0].copy_(q)
+        parts[1].copy_(k)
+    return qkv
 
 
 def _head_counts(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def attn_decode_split_kernel(
     acc, row_max, row_sum = attend(
         q_tile, k, v, None, None, sequence_base(k, batch, head_k, span.start_k),
         sequence_base(v, batch, head_k, span.start_k), pages, batch, head_k, rows, span, window, score,
-        load_slope(score, batch, heads[:, None]), Dropout(None, None, None), 0, (begin, full_begin, full_end, end),
+        load_slope(score, batch, heads[:, None]), Dropout(None, None, None), 0, 0, (begin, full_begin, full_end, end),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
