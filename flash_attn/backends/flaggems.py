@@ -7,6 +7,7 @@ given and why; docs/flaggems_backward_analysis.md names the lines of FlagGems be
 
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -67,16 +68,20 @@ def _outside_domain(problem: AttentionProblem) -> str | None:
 @functools.cache
 def _package() -> tuple[Any, str | None]:
     """(flag_gems, None), or (None, why it cannot be used); its import probes devices, so it happens here alone."""
+    path = list(sys.path)
     try:
         import flag_gems
         import flag_gems.config
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
             return None, "FlagGems is not installed; `pip install flag_gems` adds it"
-        return None, f"importing FlagGems fails: {error}"
+        reason = str(error)
     except Exception as error:  # noqa: BLE001 - a third party's import may raise anything; then it is unusable here
-        return None, f"importing FlagGems fails: {' '.join(str(error).split()) or type(error).__name__}"
-    return flag_gems, None
+        reason = " ".join(str(error).split()) or type(error).__name__
+    else:
+        return flag_gems, None
+    sys.path[:] = path  # to which it adds its folders of vendors before it finds no device
+    return None, f"importing FlagGems fails: {reason}"
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:

@@ -280,13 +280,16 @@ def test_without_the_package(absent):
 
 
 def test_a_package_whose_import_fails(monkeypatch, tmp_path):
-    """FlagGems raises RuntimeError where it finds no device."""
+    """FlagGems adds folders to the path, and raises RuntimeError where it finds no device."""
     (tmp_path / "flag_gems").mkdir()
-    (tmp_path / "flag_gems" / "__init__.py").write_text("raise RuntimeError('No device were \\n detected')")
+    (tmp_path / "flag_gems" / "__init__.py").write_text(
+        "import sys; sys.path.append('vendors')\nraise RuntimeError('No device were \\n detected')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flag_gems", raising=False)
     flaggems._package.cache_clear()
     assert flaggems.unsupported(accepted(), CPU) == "importing FlagGems fails: No device were detected"
+    assert "vendors" not in sys.path
     flaggems._package.cache_clear()
 
 

@@ -124,7 +124,10 @@ def test_environment_variable(value, name):
     assert result.stdout.split() == [name], result.stderr
 
 
-@pytest.mark.parametrize("value, words", [("cutlass", "there is no backend 'cutlass'"), ("portable", "portable: ")])
+@pytest.mark.parametrize(
+    "value, words",
+    [("cutlass", "there is no backend 'cutlass'"), ("portable", "portable: "), ("flaggems", "flaggems: ")],
+)
 def test_environment_variable_that_cannot_be_followed(value, words):
     result = run_with(value)
     assert result.returncode != 0 and words in result.stderr
