@@ -84,7 +84,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     batch_size, seqlen_q, nheads, headdim = operands.q.shape
     seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
     tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
-    strides = [portable.strides(x) for x in tensors]
+    q_strides, k_strides, v_strides, rotated_strides, k_cache_strides, v_cache_strides = map(portable.strides, tensors)
     *pages, _whole = portable.page_numbers(operands, APPEND_ROWS)
     cos = append.rotary_cos
     angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
@@ -92,7 +92,12 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *steps) for pointer, steps in zip(p[:6], strides, strict=True)),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
+            (p[3], *rotated_strides),
+            (p[4], *k_cache_strides),
+            (p[5], *v_cache_strides),
             p[6],
             p[7],
             (p[8], p[9], *angles),
@@ -166,7 +171,7 @@ def bind_decode(
     fixed = portable.fixed_arguments(operands)
     group = q.shape[2] // operands.k.shape[2]
     scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
-    strides = [portable.strides(x) for x in (q, operands.k, operands.v)]
+    q_strides, k_strides, v_strides = map(portable.strides, (q, operands.k, operands.v))
     out_strides, lse_strides = result_strides(q, num_splits)
     *pages, whole = portable.page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config, operands.block_table is not None)
@@ -175,7 +180,9 @@ def bind_decode(
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *steps) for pointer, steps in zip(p[:3], strides, strict=True)),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
             (p[3], *out_strides),
             (p[4], *lse_strides),
             p[5],

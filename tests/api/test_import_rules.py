@@ -96,9 +96,7 @@ RULES = {
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
     "layers": Rule(("layers", "ops", "problem", "torch_ops")),
     "ops": Rule(("ops", "problem", "torch_ops")),
-    "flash_attn_interface": Rule(
-        ("flash_attn_2_cuda", "problem", "problem_kvcache", "backward", "torch_ops", "kvcache")
-    ),
+    "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
     "": Rule(("flash_attn_interface",), ()),
