@@ -21,11 +21,10 @@ from flash_attn.launch.decode import (
     decode_config,
     keys_per_split,
     num_warps,
-    pipeline_stages,
     prefers_decode,
     split_count,
 )
-from flash_attn.launch.forward import forward_config, head_dim_pad
+from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages
 from flash_attn.problem import AttentionProblem
 
 
@@ -174,7 +173,7 @@ def bind_decode(
     q_strides, k_strides, v_strides = map(portable.strides, (q, operands.k, operands.v))
     out_strides, lse_strides = result_strides(q, num_splits)
     *pages, whole = portable.page_numbers(operands, config.block_n)
-    num_stages = pipeline_stages(config, operands.block_table is not None)
+    num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
     numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, int(num_splits > 1), *pages)
 

@@ -42,11 +42,6 @@ def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
     return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
 
 
-def pipeline_stages(config: DecodeConfig, paged: bool) -> int:
-    """Triton's num_stages: of a load that needs another one first, the page's number, each has half of the stages."""
-    return 2 * config.num_stages - 1 if paged else config.num_stages
-
-
 def keys_per_split() -> int | None:
     """The fixed number of keys of a split where batch invariance was asked for, otherwise None."""
     return pinned_config("keys_per_split")
