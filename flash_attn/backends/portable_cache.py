@@ -129,8 +129,9 @@ def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) 
     per_split = keys_per_split()
     forward_rows = forward_config(problem, hardware, False).block_m
     forward_programs = math.ceil(seqlen_q / forward_rows) * batch_size * nheads
-    chosen_elsewhere = num_splits > 1 or per_split is not None
-    if not chosen_elsewhere and not prefers_decode(packed_rows, forward_programs, hardware):
+    if per_split is not None:
+        num_splits = 0
+    if not prefers_decode(packed_rows, forward_programs, num_splits, hardware):
         return None
     config = decode_config(problem, hardware)
     num_tiles = math.ceil(packed_rows / block_m(packed_rows)) * batch_size * k.shape[2]

@@ -47,9 +47,15 @@ def keys_per_split() -> int | None:
     return pinned_config("keys_per_split")
 
 
-def prefers_decode(packed_rows: int, forward_programs: int, hardware: Hardware) -> bool:
-    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle."""
-    return packed_rows <= MAX_PACKED_ROWS or forward_programs < hardware.num_sms
+def prefers_decode(packed_rows: int, forward_programs: int, num_splits: int, hardware: Hardware) -> bool:
+    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle.
+
+    Splits that were asked for need it. Batch invariance does not (a row's sums in the forward kernel know no other rows), but
+    needs a choice that no batch size changes.
+    """
+    if packed_rows <= MAX_PACKED_ROWS or num_splits > 1:
+        return True
+    return keys_per_split() is None and forward_programs < hardware.num_sms
 
 
 @functools.lru_cache(maxsize=4096)

@@ -68,9 +68,10 @@ def test_splits_give_one_pass(num_splits, device, seed):
 
 
 @everywhere
-def test_batch_invariance(device, seed):
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_batch_invariance(seqlen_q, device, seed):
     """A sequence alone, in a batch, in another order, and in a larger cache: the same bits."""
-    case = case_for(device, seqlen_new=0, rotary="")
+    case = case_for(device, seqlen_new=0, rotary="", seqlen_q=seqlen_q)
     inputs = make_cache_inputs(case, device, seed)
     arguments = inputs.arguments
     with batch_invariant(256 if device.type == "cuda" else 16):

@@ -55,9 +55,13 @@ def test_tiles_hold_a_group(rows, tile):
 
 
 def test_the_forward_kernel_takes_long_chunks():
-    assert prefers_decode(64, 10**6, H200)
-    assert prefers_decode(4096, 131, H200), "it would leave processors idle"
-    assert not prefers_decode(65, 132, H200)
+    assert prefers_decode(64, 10**6, 0, H200)
+    assert prefers_decode(4096, 131, 0, H200), "it would leave processors idle"
+    assert prefers_decode(4096, 10**6, 2, H200), "splits were asked for"
+    assert not prefers_decode(65, 132, 0, H200)
+    with launch.pinned(keys_per_split=256):
+        assert prefers_decode(64, 10**6, 0, H200)
+        assert not prefers_decode(65, 1, 0, H200), "the batch would choose the kernel"
 
 
 @pytest.mark.parametrize("headdim", [1, 8, 16, 32, 40, 64, 96, 128, 256])

@@ -81,7 +81,8 @@ def attn_decode_split_kernel(
     part = split * split_stride  # a row's parts lie side by side; without splits there is one
     out_rows = sequence_base(out, batch, heads, rows) + part * HEAD_DIM
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
-    tl.store(out_rows[:, None] + dims[None, :], values, mask=mask)
+    if (split_stride == 0) | (begin < end):  # the merge does not read parts without keys
+        tl.store(out_rows[:, None] + dims[None, :], values, mask=mask)
     tl.store(sequence_base(softmax_lse, batch, heads, rows) + part, lse, mask=inside)
 
 
