@@ -21,7 +21,6 @@ from flash_attn.backward.autograd_functions import (
 from flash_attn.backward.call import run
 from flash_attn.errors import InvalidArgument
 from flash_attn.kvcache.kv_attention import attend_with_cache
-from flash_attn.problem_kvcache import CacheTensors
 from flash_attn.torch_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -435,20 +434,24 @@ def flash_attn_with_kvcache(
     Source: upstream's flash_attn_with_kvcache; rotary positions from its flash_fwd_kernel.h; an int cache_seqlens has q's
     batch size, as after 2.8.3.
     """
-    tensors = CacheTensors(
-        k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
-    )
     out, softmax_lse = attend_with_cache(
         q,
         k_cache,
         v_cache,
-        tensors,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
         cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
         softmax_scale,
         causal,
         window_size,
         softcap,
         rotary_interleaved,
+        alibi_slopes,
         num_splits,
     )
     return (out, softmax_lse) if return_softmax_lse else out

@@ -10,6 +10,7 @@ from torch import Tensor
 from flash_attn.errors import InvalidArgument
 from flash_attn.problem import (
     DTYPES,
+    INT32_MAX,
     AttentionProblem,
     bucket,
     canonical_window,
@@ -65,6 +66,8 @@ def describe_cache(
     _check_caches(q, k_cache, v_cache)
     batch_size, seqlen_q, nheads, headdim = q.shape
     capacity = _check_places(q, k_cache, tensors)
+    if capacity > INT32_MAX:
+        raise InvalidArgument(f"the KV cache must hold at most {INT32_MAX} tokens a sequence, got room for {capacity}")
     _check_new_tokens(q, k_cache, tensors, capacity, given_seqlens)
     _check_rotary(q, tensors, capacity)
     check_numbers(0.0, softmax_scale, softcap, window_size_left, window_size_right)

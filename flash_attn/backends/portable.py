@@ -19,7 +19,7 @@ from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
-from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, worth_descriptors
+from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, pipeline_stages, worth_descriptors
 from flash_attn.problem import AttentionProblem
 
 name = "portable"
@@ -135,6 +135,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     hardware = hardware_of(q.device)
     tma = _descriptors_fit(problem, hardware, k, v)
     config = forward_config(problem, hardware, tma)
+    config = config._replace(num_stages=pipeline_stages(config.num_stages, operands.block_table is not None))
     tma = tma and config.tma
     batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))

@@ -21,11 +21,10 @@ from flash_attn.launch.decode import (
     decode_config,
     keys_per_split,
     num_warps,
-    pipeline_stages,
     prefers_decode,
     split_count,
 )
-from flash_attn.launch.forward import forward_config, head_dim_pad
+from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages
 from flash_attn.problem import AttentionProblem
 
 
@@ -84,7 +83,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     batch_size, seqlen_q, nheads, headdim = operands.q.shape
     seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
     tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
-    strides = [portable.strides(x) for x in tensors]
+    q_strides, k_strides, v_strides, rotated_strides, k_cache_strides, v_cache_strides = map(portable.strides, tensors)
     *pages, _whole = portable.page_numbers(operands, APPEND_ROWS)
     cos = append.rotary_cos
     angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
@@ -92,7 +91,12 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *steps) for pointer, steps in zip(p[:6], strides, strict=True)),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
+            (p[3], *rotated_strides),
+            (p[4], *k_cache_strides),
+            (p[5], *v_cache_strides),
             p[6],
             p[7],
             (p[8], p[9], *angles),
@@ -125,8 +129,9 @@ def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) 
     per_split = keys_per_split()
     forward_rows = forward_config(problem, hardware, False).block_m
     forward_programs = math.ceil(seqlen_q / forward_rows) * batch_size * nheads
-    chosen_elsewhere = num_splits > 1 or per_split is not None
-    if not chosen_elsewhere and not prefers_decode(packed_rows, forward_programs, hardware):
+    if per_split is not None:
+        num_splits = 0
+    if not prefers_decode(packed_rows, forward_programs, num_splits, hardware):
         return None
     config = decode_config(problem, hardware)
     num_tiles = math.ceil(packed_rows / block_m(packed_rows)) * batch_size * k.shape[2]
@@ -166,18 +171,20 @@ def bind_decode(
     fixed = portable.fixed_arguments(operands)
     group = q.shape[2] // operands.k.shape[2]
     scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
-    strides = [portable.strides(x) for x in (q, operands.k, operands.v)]
-    out_strides, lse_strides = result_strides(q, num_splits)
+    q_strides, k_strides, v_strides = map(portable.strides, (q, operands.k, operands.v))
+    out_strides = result_strides(q)
     *pages, whole = portable.page_numbers(operands, config.block_n)
-    num_stages = pipeline_stages(config, operands.block_table is not None)
+    num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
-    numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, int(num_splits > 1), *pages)
+    numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, *pages)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *((pointer, *steps) for pointer, steps in zip(p[:3], strides, strict=True)),
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
             (p[3], *out_strides),
-            (p[4], *lse_strides),
+            p[4],
             p[5],
             p[6],
             p[7],
@@ -187,6 +194,7 @@ def bind_decode(
 
     rows = block_m(operands.max_seqlen_q * group)
     constants = {
+        "PARTS": num_splits > 1,
         "WHOLE_BLOCKS": whole,
         "GROUP": group,
         "HEAD_DIM": problem.headdim,
@@ -196,20 +204,16 @@ def bind_decode(
         "PRECISION": "ieee",
         "STAGES": num_stages,
     }
-    kinds = (*[arguments.Tensor] * 5, None, None, None, arguments.Score)
+    kinds = (*[arguments.Tensor] * 4, None, None, None, None, arguments.Score)
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
     return Decode(num_splits, split, bind_merge(q, num_splits) if num_splits > 1 else None)
 
 
-def result_strides(q: Tensor, num_splits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(batch, sequence, head) strides of what the split kernel writes: out and softmax_lse, or their parts."""
-    _, seqlen_q, nheads, headdim = q.shape
-    if num_splits == 1:
-        return portable.strides(torch.empty_like(q, device="meta")), (nheads * seqlen_q, 1, seqlen_q)
-    rows = (seqlen_q * nheads * num_splits, nheads * num_splits, num_splits)
-    return tuple(row * headdim for row in rows), rows
+def result_strides(q: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides of the out that a call will allocate."""
+    return portable.strides(torch.empty_like(q, device="meta"))
 
 
 def bind_merge(q: Tensor, num_splits: int) -> Launcher:
@@ -218,13 +222,13 @@ def bind_merge(q: Tensor, num_splits: int) -> Launcher:
     from flash_attn.kernels.portable.decode import attn_decode_merge_kernel
 
     batch_size, seqlen_q, nheads, headdim = q.shape
-    out_strides, lse_strides = result_strides(q, 1)
+    out_strides = result_strides(q)
 
     def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
-        return p[0], p[1], (p[2], *out_strides), (p[3], *lse_strides), seqlen_q, nheads, num_splits
+        return p[0], p[1], (p[2], *out_strides), p[3], seqlen_q, nheads, num_splits
 
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
-    kinds = (None, None, arguments.Tensor, arguments.Tensor)
+    kinds = (None, None, arguments.Tensor, None)
     num_programs = batch_size * seqlen_q * nheads
     return Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
 

@@ -5,6 +5,7 @@ mutates the caches; otherwise straight to its implementation, which saves the di
 """
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,30 +25,43 @@ def attend_with_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    tensors: CacheTensors,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
     cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
     softmax_scale: float | None,
     causal: bool,
     window_size: Sequence[int],
     softcap: float,
     rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out, softmax_lse); `cache_seqlens` may be an int, which means every sequence."""
+    """(out, softmax_lse) of `flash_attn_with_kvcache`; an int `cache_seqlens` means every sequence."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] > 0 else 1.0
     left, right = parse_window(window_size)
     numbers = (float(softmax_scale), bool(causal), left, right, float(softcap), bool(rotary_interleaved))
-    if not observed(q):
-        if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
-            tensors = tensors._replace(cache_seqlens=cache_seqlens)
-            return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits)
-        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int(cache_seqlens))
+    listens = observed(q)
+    int_seqlens = None
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        if listens:
+            cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        else:
+            int_seqlens = operator.index(cache_seqlens)
+            cache_seqlens = None
+    tensors = CacheTensors(
+        k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
+    )
+    if not listens:
+        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
-    *arrays, slopes = (None if x is None else x.detach() for x in tensors._replace(cache_seqlens=cache_seqlens))
+    *arrays, slopes = (None if x is None else x.detach() for x in tensors)
     return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits)
 
 

@@ -42,19 +42,20 @@ def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
     return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
 
 
-def pipeline_stages(config: DecodeConfig, paged: bool) -> int:
-    """Triton's num_stages: of a load that needs another one first, the page's number, each has half of the stages."""
-    return 2 * config.num_stages - 1 if paged else config.num_stages
-
-
 def keys_per_split() -> int | None:
     """The fixed number of keys of a split where batch invariance was asked for, otherwise None."""
     return pinned_config("keys_per_split")
 
 
-def prefers_decode(packed_rows: int, forward_programs: int, hardware: Hardware) -> bool:
-    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle."""
-    return packed_rows <= MAX_PACKED_ROWS or forward_programs < hardware.num_sms
+def prefers_decode(packed_rows: int, forward_programs: int, num_splits: int, hardware: Hardware) -> bool:
+    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle.
+
+    Splits that were asked for need it. Batch invariance does not (a row's sums in the forward kernel know no other rows), but
+    needs a choice that no batch size changes.
+    """
+    if packed_rows <= MAX_PACKED_ROWS or num_splits > 1:
+        return True
+    return keys_per_split() is None and forward_programs < hardware.num_sms
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,13 +99,14 @@ def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
 
 INTERPRETER = DecodeConfig(16, 4, 1, 1)
 
-# H200, bf16: two programs an SM keep more than the 33 KB in flight that 4.3 TB/s at 1 us latency need
+# by estimate, H200: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs of 104 KB hold 192 KB, and as
+# no third one fits beside them, `split_count` knows how many run at the same time
 HOPPER = {
     16: DecodeConfig(128, 4, 4, 4),
     32: DecodeConfig(128, 4, 4, 4),
-    64: DecodeConfig(128, 4, 3, 2),
-    128: DecodeConfig(64, 4, 3, 2),
-    256: DecodeConfig(32, 4, 3, 2),
+    64: DecodeConfig(128, 4, 4, 2),
+    128: DecodeConfig(64, 4, 4, 2),
+    256: DecodeConfig(32, 4, 4, 2),
 }
 # unmeasured hardware: chosen to fit the smallest shared memory of the family
 NVIDIA = {

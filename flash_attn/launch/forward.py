@@ -23,6 +23,11 @@ def head_dim_pad(headdim: int) -> int:
     return max(16, 1 << (headdim - 1).bit_length())
 
 
+def pipeline_stages(num_stages: int, paged: bool) -> int:
+    """Triton's num_stages: of a load that needs another one first, the page's number, each has half of the stages."""
+    return 2 * num_stages - 1 if paged else num_stages
+
+
 def forward_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> ForwardConfig:
     """The configuration for one problem; `tma` says whether tensor descriptors can read its keys and values."""
     return pinned_config("forward") or _choose(problem, hardware, tma)

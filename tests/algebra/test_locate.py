@@ -27,13 +27,14 @@ def locate_kernel(pages, batch, first, seqlen, out, N: tl.constexpr):
     tl.store(out + 2 * N + i, valid.to(tl.int32))
 
 
-def locate(table, batch, page_size, first, seqlen, size=64):
+def locate(table, batch, page_size, first, seqlen, size=64, shifting=False):
     """(page, slot, valid) of `size` positions; the table's rows lie among numbers of real pages."""
     surroundings = torch.full((table.shape[0] + 2, table.shape[1] + 3), 1, dtype=torch.int32)
     inner = surroundings[1:-1, : table.shape[1]]
     inner.copy_(table)
     out = torch.empty(3, size, dtype=torch.int32)
-    pages = Pages(inner, inner.stride(0), table.shape[1], page_size, NUM_PAGES)
+    shift = page_size.bit_length() - 1 if shifting else None
+    pages = Pages(inner, inner.stride(0), table.shape[1], page_size, NUM_PAGES, shift)
     locate_kernel[(1,)](pages, batch, first, seqlen, out, N=size)
     return out[0], out[1], out[2].bool()
 
@@ -41,11 +42,13 @@ def locate(table, batch, page_size, first, seqlen, size=64):
 TABLE = torch.tensor([[5, 0, 3, 1], [2, 2, 4, 0]], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 256])
+@pytest.mark.parametrize(
+    "page_size, shifting", [(1, False), (3, False), (16, False), (1, True), (16, True), (256, True)]
+)
 @pytest.mark.parametrize("batch", [0, 1])
-def test_pages_and_slots(page_size, batch):
+def test_pages_and_slots(page_size, shifting, batch):
     for first in range(0, MAX_PAGES * page_size, 64):
-        page, slot, valid = locate(TABLE, batch, page_size, first, MAX_PAGES * page_size)
+        page, slot, valid = locate(TABLE, batch, page_size, first, MAX_PAGES * page_size, shifting=shifting)
         positions = torch.arange(first, first + 64)
         inside = positions < MAX_PAGES * page_size
         assert torch.equal(valid, inside)

@@ -36,11 +36,12 @@ def span_kernel(
     tl.store(out + i * 4 + 3, span.seqlen_k)
 
 
-def load(size, step=1, paged=False, seqlen_q=TOTAL_Q, seqlen_k=TOTAL_K, **arrays):
+def load(size, step=1, paged=False, seqlen_q=TOTAL_Q, seqlen_k=TOTAL_K, appended=None, **arrays):
     """(size, 4): start_q, seqlen_q, start_k, seqlen_k of batch entries 0, step, 2 step, ..."""
     padded = 1 << (size - 1).bit_length()
     room = padded * step + 1
-    sequences = Sequences(**{name: torch.nn.functional.pad(x, (0, room - x.numel())) for name, x in arrays.items()})
+    padded_arrays = {name: torch.nn.functional.pad(x, (0, room - x.numel())) for name, x in arrays.items()}
+    sequences = Sequences(**padded_arrays, appended=appended)
     out = torch.empty(padded, 4, dtype=torch.int32)
     span_kernel[(1,)](sequences, seqlen_q, seqlen_k, TOTAL_Q, TOTAL_K, out, step, N=padded, PAGED=paged)
     return out[:size]
@@ -67,6 +68,16 @@ def test_seqused_and_leftpad():
     assert padded[:, 2:].tolist() == [[2, 1], [14, 6], [50, 0]]
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_appended_keys_lie_behind_those_in_use(paged):
+    """A length below zero is none, and there is no place past the end."""
+    used = int32([0, 10, -4, 54, 56, 2**31 - 1, -(2**31), 3])
+    spans = load(8, paged=paged, appended=5, seqused_k=used)
+    assert spans[:, 2:].tolist() == [[0, n] for n in (5, 15, 5, 56, 56, 56, 5, 8)]
+    spans = load(8, paged=paged, appended=5, seqused_k=used, leftpad_k=int32([5, 3, 0, 56, -1, 2**31 - 1, 9, 7]))
+    assert spans[:, 2:].tolist() == [[5, 0], [3, 12], [0, 5], [56, 0], [0, 56], [56, 0], [9, 0], [7, 1]]
+
+
 def test_paged_lengths_are_not_starts():
     arrays = dict(cu_seqlens_q=int32([0, 4, 8]), cu_seqlens_k=int32([0, 30, 86]))
     assert load(2, paged=True, **arrays)[:, 2:].tolist() == [[0, 30], [0, 56]]
@@ -81,14 +92,16 @@ def assert_inside(spans):
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["packed", "paged"])
+@pytest.mark.parametrize("appended", [None, 7])
 @pytest.mark.parametrize("optional", [(), ("seqused_k",), ("leftpad_k",), ("seqused_k", "leftpad_k")])
-def test_hostile_contents_stay_inside(paged, optional):
+def test_hostile_contents_stay_inside(paged, optional, appended):
     """Every start, end, length in use and padding out of HOSTILE, two array elements apart."""
     records = list(itertools.product(HOSTILE, repeat=2 + len(optional)))
     fields = dict(zip(optional, zip(*[record[2:] for record in records], strict=True), strict=True)) if optional else {}
     pairs = int32([record[:2] for record in records]).flatten()
     arrays = {name: int32(values).repeat_interleave(2) for name, values in fields.items()}
-    assert_inside(load(len(records), step=2, paged=paged, cu_seqlens_q=pairs, cu_seqlens_k=pairs, **arrays))
+    arrays |= dict(cu_seqlens_q=pairs, cu_seqlens_k=pairs)
+    assert_inside(load(len(records), step=2, paged=paged, appended=appended, **arrays))
 
 
 @pytest.mark.parametrize("leftpad", [False, True])
@@ -101,9 +114,10 @@ def test_the_backends_in_pytorch_clamp_alike(leftpad):
     if leftpad:
         arrays["leftpad_k"] = pick.flip(0).contiguous()
     q, k = torch.empty(TOTAL_Q, 1, 8), torch.empty(TOTAL_K, 1, 8)
-    expected = host.spans(Operands(q, k, k, 1.0, TOTAL_Q, TOTAL_K, **arrays))
-    actual = load(size, **arrays).tolist()
-    assert actual == [[s.start_q, s.seqlen_q, s.start_k, s.seqlen_k] for s in expected]
+    for appended in (0, 7):
+        expected = host.spans(Operands(q, k, k, 1.0, TOTAL_Q, TOTAL_K, **arrays, appended=appended))
+        actual = load(size, appended=appended or None, **arrays).tolist()
+        assert actual == [[s.start_q, s.seqlen_q, s.start_k, s.seqlen_k] for s in expected]
 
 
 @triton.jit

@@ -98,9 +98,7 @@ RULES = {
         ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
     ),
     "ops": Rule((), ()),
-    "flash_attn_interface": Rule(
-        ("flash_attn_2_cuda", "problem", "problem_kvcache", "backward", "torch_ops", "kvcache")
-    ),
+    "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
     "": Rule(("flash_attn_interface",), ()),

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 
-from benchmarks import host, report, run, timing
+from benchmarks import decode, host, report, run, timing
 from benchmarks.cases import SWEEPS, Case, comparison_groups, plain, sweep_cases, visible_pairs
 from benchmarks.prewarm import share_kernels
 from benchmarks.providers import PROVIDERS, Provider, canonical_window, installed, launch, make_inputs
@@ -253,3 +254,28 @@ def test_host_time_is_measured_for_every_call(tmp_path):
         itertools.product(("ours", "fa2"), ("forward", "forward, gradients wanted", "forward and backward"))
     )
     assert "forward and backward" in report.host_section(document)
+
+
+def test_a_tiny_decode_run(tmp_path, capsys):
+    """Rows, pages and appending agree with the specification; the bytes are those of the keys and values."""
+    names = ["dense", "page16", "append", "rotary", "invariant", "math", "cudnn"]
+    words = ["--tiny", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path), "--providers", *names]
+    assert decode.main(words) == 0
+    document = json.loads((tmp_path / "decode.json").read_text())
+    refused = {row["provider"] for row in document["results"] if "refused" in row}
+    assert refused <= {"cudnn"}
+    (case,) = decode.TINY
+    assert case.bytes == 2 * 4 * 2 * 64 * 2 * 16
+    for row in document["results"]:
+        if row["provider"] not in refused:
+            assert math.isclose(row["terabytes_per_s"], case.bytes / row["median_us"] * 1e-6, rel_tol=1e-3)
+            assert row["error"] < 1e-4 and row["host_us"] > 0
+    table = report.decode_section(document)
+    assert case.name in table and "page 16" in table
+
+
+def test_a_wrong_decode_result_is_refused(monkeypatch):
+    wrong = decode.Provider("wrong", lambda case, cache: lambda: cache.q * 1.0)
+    monkeypatch.setitem(decode.PROVIDERS, "wrong", wrong)
+    (row,) = decode.measure(decode.TINY[0], ["wrong"], torch.device("cpu"), 2)
+    assert "wrong result" in row["refused"]

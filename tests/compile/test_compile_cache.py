@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 
 from flash_attn.backends import portable  # noqa: E402
 from flash_attn.backends.base import Append, Operands  # noqa: E402
+from flash_attn.backends.launcher import Launcher  # noqa: E402
 from flash_attn.problem_kvcache import CacheTensors, describe_cache  # noqa: E402
 from tests.compile.budgets import cache_budget  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
@@ -154,6 +155,21 @@ def faults(variant: Variant, launch: Launch) -> list[str]:
     return [f"{launch.kernel} {words}: {report}" for words in [*found, *report.warnings]]
 
 
+@pytest.mark.parametrize("feature", features("sm_90"), ids=str)
+def test_compiled_kernels_are_called_in_their_signatures_order(feature, monkeypatch):
+    """Later launches pass everything by position, which only a GPU would notice to be wrong."""
+    bound: list[Launcher] = []
+    monkeypatch.setattr(Launcher, "_dispatch", lambda self, tensors, aligned: bound.append((self, tensors)))
+    launch(feature)
+    for launcher, tensors in bound:
+        arguments = launcher.build([0] * len(tensors), tensors)
+        names = launcher.kernel.arg_names
+        assert names[len(arguments) :] == list(launcher.constants)
+        assert len(launcher.kinds) <= len(arguments)
+        for argument, kind in zip(arguments, launcher.kinds, strict=False):
+            assert kind is None or argument is None or len(argument) == len(kind._fields)
+
+
 def binaries(launches: list[Launch]) -> dict[str, int]:
     """Kernel -> how many different binaries of it were made."""
     kernels: dict[str, set[int]] = {}
@@ -165,8 +181,8 @@ def binaries(launches: list[Launch]) -> dict[str, int]:
 def test_lengths_and_batches_share_a_binary(tmp_path):
     """Caches grow, batches change, pages are added: nothing is compiled anew."""
     with compiling_for("sm_90", str(tmp_path)) as launches:
-        for batch_size, room in ((4, 8192), (3, 4096 + 64), (17, 512)):
-            launch(Variant("sm_90", 64, page=16, new=True, num_splits=3, batch_size=batch_size, room=room))
+        for batch_size, room, num_splits in ((4, 8192, 3), (3, 4096 + 64, 16), (17, 512, 33)):
+            launch(Variant("sm_90", 64, page=16, new=True, num_splits=num_splits, batch_size=batch_size, room=room))
     assert binaries(launches) == {"kv_append_kernel": 1, "attn_decode_split_kernel": 1, "attn_decode_merge_kernel": 1}
 
 

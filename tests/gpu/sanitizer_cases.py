@@ -1,4 +1,4 @@
-"""Eleven small problems forward and backward, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
+"""Small problems forward and backward, and over a cache, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
 
 Few kernel variants, so that compilation stays short; PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of
 its own, so that the sanitizer sees the first byte outside.
@@ -10,11 +10,12 @@ import sys
 import torch
 
 import flash_attn_2_cuda
-from flash_attn import backends, flash_attn_varlen_func
+from flash_attn import backends, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.ops.triton.rotary import apply_rotary
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
 from tests.support.inputs import make_inputs
+from tests.support.kvcache import CacheCase, make_cache_inputs
 
 CASES = [
     # one variant: dense, causal, shared heads
@@ -70,6 +71,19 @@ def solve_rotary(device: torch.device) -> None:
             apply_rotary(k, cos, sin, offsets, calls.int32(BAD_LENGTHS[1], device), 9, interleaved, inplace)
 
 
+CACHE_CASES = [
+    CacheCase("rows", BF16, 64, 8, 2, 1, (130, 17), 1, "halves", 64, causal=True, num_splits=2),
+    CacheCase("pages", BF16, 64, 8, 2, 1, (130, 17), 1, "halves", 64, page=16, causal=True, num_splits=2, spare=0),
+]
+
+
+def solve_cache(case: CacheCase, device: torch.device, **wrong: list[int] | list[list[int]]) -> None:
+    """One call over caches without guards around them, as it is and with wrong numbers."""
+    arguments = make_cache_inputs(case, device, 0).arguments
+    arguments |= {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+    flash_attn_with_kvcache(**arguments | {name: calls.int32(numbers, device) for name, numbers in wrong.items()})
+
+
 def main() -> int:
     device = torch.device("cuda")
     with backends.use("portable"):
@@ -79,8 +93,13 @@ def main() -> int:
         solve_rotary(device)
         solve_pages(device, [[11, 3, 7, 0], [4, 5, 1, 2], [8, 9, 10, 6]])
         solve_pages(device, BAD_PAGES, seqused_k=[1000, -3, 2**31 - 1], leftpad_k=[-1, 2**31 - 1, 5])
+        for case in CACHE_CASES:
+            solve_cache(case, device)
+            solve_cache(case, device, cache_seqlens=[2**31 - 1, -5])
+        solve_cache(CACHE_CASES[1], device, block_table=[[-1] * 9, [2**31 - 1] * 9])
+        solve_cache(CACHE_CASES[0], device, cache_batch_idx=[-1, 2])
     torch.cuda.synchronize()
-    sys.stdout.write(f"solved {len(CASES) + 4}\n")
+    sys.stdout.write(f"solved {len(CASES) + 4 + 6}\n")
     return 0
 
 

@@ -183,6 +183,15 @@ BAD = {
         "at least the seqlen of KV cache",
         "23 and 24",
     ),
+    "a table of too many tokens": (
+        paging(
+            k_cache=zeros(1, 1, HK, D).expand(1, 2**16, HK, D),
+            v_cache=zeros(1, 1, HK, D).expand(1, 2**16, HK, D),
+            block_table=ints(0).view(1, 1).expand(B, 2**16),
+        ),
+        "at most 2147483647 tokens",
+        "4294967296",
+    ),
     "num_splits": (plain(num_splits=129), "num_splits > 128 not supported", "129"),
     "num_splits below 0": (plain(num_splits=-1), "0 chooses a number", "-1"),
     "softcap": (plain(softcap=-1.0), "softcap must be finite and at least 0", "-1.0"),

@@ -68,9 +68,10 @@ def test_splits_give_one_pass(num_splits, device, seed):
 
 
 @everywhere
-def test_batch_invariance(device, seed):
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_batch_invariance(seqlen_q, device, seed):
     """A sequence alone, in a batch, in another order, and in a larger cache: the same bits."""
-    case = case_for(device, seqlen_new=0, rotary="")
+    case = case_for(device, seqlen_new=0, rotary="", seqlen_q=seqlen_q)
     inputs = make_cache_inputs(case, device, seed)
     arguments = inputs.arguments
     with batch_invariant(256 if device.type == "cuda" else 16):
@@ -157,6 +158,28 @@ def test_views_of_one_buffer(device, seed):
     calls.assert_equal(flash_attn_with_kvcache(**strided | views), flash_attn_with_kvcache(**plain.arguments))
     for view, cache in zip((both[:, :, 0], both[:, :, 1]), plain.caches, strict=True):
         calls.assert_equal(bits(view), bits(cache))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", calls.places("gpu"), indirect=True)
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_pages_beyond_32_bits(page, device, seed):
+    """Pages 2**28 elements apart: the last one lies past 2**31; new tokens land there, too."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    case = changed(LARGE, page=page, seqlens=(9 * page,), seqlen_q=2, seqlen_new=2, spare=page)
+    num_pages, size = 11, page * case.nheads_k * case.headdim
+    near, far = (make_cache_inputs(case, device, seed).arguments for _ in range(2))
+    buffer = torch.zeros(num_pages * 2**28, dtype=case.dtype, device=device)
+    for which, name in enumerate(("k_cache", "v_cache")):
+        tokens = near[name][:num_pages].nan_to_num()
+        view = buffer.as_strided(tokens.shape, (2**28, size // page, case.headdim, 1), which * size)
+        near[name], far[name] = tokens, view.copy_(tokens)
+    for arguments in (near, far):
+        arguments["block_table"] = torch.arange(num_pages, dtype=torch.int32, device=device).roll(1)[None]
+    calls.assert_equal(flash_attn_with_kvcache(**far), flash_attn_with_kvcache(**near))
+    for name in ("k_cache", "v_cache"):
+        calls.assert_equal(bits(far[name]), bits(near[name]))
 
 
 @pytest.mark.gpu

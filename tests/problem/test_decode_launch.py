@@ -11,10 +11,10 @@ from flash_attn.launch.decode import (
     block_m,
     decode_config,
     keys_per_split,
-    pipeline_stages,
     prefers_decode,
     split_count,
 )
+from flash_attn.launch.forward import pipeline_stages
 from flash_attn.problem import AttentionProblem
 from flash_attn.problem_kvcache import CacheTensors, describe_cache, rotary_advances
 
@@ -55,9 +55,13 @@ def test_tiles_hold_a_group(rows, tile):
 
 
 def test_the_forward_kernel_takes_long_chunks():
-    assert prefers_decode(64, 10**6, H200)
-    assert prefers_decode(4096, 131, H200), "it would leave processors idle"
-    assert not prefers_decode(65, 132, H200)
+    assert prefers_decode(64, 10**6, 0, H200)
+    assert prefers_decode(4096, 131, 0, H200), "it would leave processors idle"
+    assert prefers_decode(4096, 10**6, 2, H200), "splits were asked for"
+    assert not prefers_decode(65, 132, 0, H200)
+    with launch.pinned(keys_per_split=256):
+        assert prefers_decode(64, 10**6, 0, H200)
+        assert not prefers_decode(65, 1, 0, H200), "the batch would choose the kernel"
 
 
 @pytest.mark.parametrize("headdim", [1, 8, 16, 32, 40, 64, 96, 128, 256])
@@ -80,8 +84,8 @@ def test_pins():
 
 
 def test_pages_take_a_load_more():
-    assert pipeline_stages(CONFIG, paged=False) == 3 and pipeline_stages(CONFIG, paged=True) == 5
-    assert pipeline_stages(CONFIG._replace(num_stages=1), paged=True) == 1
+    assert [pipeline_stages(n, paged=False) for n in (1, 2, 3)] == [1, 2, 3]
+    assert [pipeline_stages(n, paged=True) for n in (1, 2, 3)] == [1, 3, 5]
 
 
 @pytest.mark.parametrize(

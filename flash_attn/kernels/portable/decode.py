@@ -33,18 +33,20 @@ def split_blocks(begin, end, split, num_splits, fixed_blocks):
 # none of these is compiled in: caches and batches change from call to call
 SPLIT_LENGTHS = [
     "seqlen_q", "capacity", "appended", "window_left", "window_right", "nheads_k", "num_splits", "fixed_blocks",
-    "split_stride", "table_stride", "max_pages", "page_size", "page_shift", "num_pages",
+    "table_stride", "max_pages", "page_size", "page_shift", "num_pages",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SPLIT_LENGTHS)
 def attn_decode_split_kernel(
     q, k, v, out, softmax_lse, seqused_k, leftpad_k, block_table, score,
-    seqlen_q, capacity, appended, window_left, window_right, nheads_k, num_splits, fixed_blocks, split_stride,
-    table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    seqlen_q, capacity, appended, window_left, window_right, nheads_k, num_splits, fixed_blocks,
+    table_stride, max_pages, page_size, num_pages, page_shift,
+    PARTS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """With PARTS, out and softmax_lse are (batch, seqlen_q, nheads, num_splits, dim) and without dim, contiguous."""
     num_rows = seqlen_q * GROUP
     num_m = tl.cdiv(num_rows, BLOCK_M)
     head_k = tl.program_id(0) % nheads_k  # neighbours read the same tokens: their heads lie side by side in memory
@@ -78,11 +80,16 @@ def attn_decode_split_kernel(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
-    part = split * split_stride  # a row's parts lie side by side; without splits there is one
-    out_rows = sequence_base(out, batch, heads, rows) + part * HEAD_DIM
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
-    tl.store(out_rows[:, None] + dims[None, :], values, mask=mask)
-    tl.store(sequence_base(softmax_lse, batch, heads, rows) + part, lse, mask=inside)
+    if PARTS:
+        parts = (tl.cast(batch * seqlen_q + rows, tl.int64) * (nheads_k * GROUP) + heads) * num_splits + split
+        if begin < end:  # the merge does not read parts without keys
+            tl.store(out.ptr + parts[:, None] * HEAD_DIM + dims[None, :], values, mask=mask)
+        tl.store(softmax_lse + parts, lse, mask=inside)
+    else:
+        tl.store(sequence_base(out, batch, heads, rows)[:, None] + dims[None, :], values, mask=mask)
+        lse_rows = tl.cast(batch * (nheads_k * GROUP) + heads, tl.int64) * seqlen_q + rows
+        tl.store(softmax_lse + lse_rows, lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "nheads", "num_splits"])
@@ -111,4 +118,5 @@ def attn_decode_merge_kernel(
     inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E)
     values = (acc * inverse_sum).to(out.ptr.dtype.element_ty)
     tl.store(sequence_base(out, batch, head, query) + dims, values, mask=dims < HEAD_DIM)
-    tl.store(sequence_base(softmax_lse, batch, head, query) + tl.arange(0, 1), lse)
+    lse_row = tl.cast(batch * nheads + head, tl.int64) * seqlen_q + query
+    tl.store(softmax_lse + lse_row + tl.arange(0, 1), lse)
