@@ -91,6 +91,14 @@ RULES = {
     "torch_ops": Rule(("dispatch",)),
     "backward.flaggems_backward": Rule(("backward.call", "backends", "dispatch")),
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops")),
+    "kvcache.cache_manager": Rule(
+        ("kvcache", "problem", "problem_kvcache", "backward", "layers"), ("torch", "numpy")
+    ),
+    "kvcache.page_table": Rule(("kvcache",), ("numpy",)),
+    "kvcache.prefix": Rule(("kvcache",), ("numpy",)),
+    "kvcache.allocator": Rule((), ("numpy",)),
+    "kvcache.strategies": Rule(("kvcache",), ("numpy",)),
+    "kvcache.hf_cache": Rule(("kvcache",), ("torch", "transformers")),
     "kvcache": Rule(("kvcache", "problem", "problem_kvcache", "dispatch", "torch_ops", "launch")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
     "layers": Rule(("layers", "ops", "backward.call", "backends")),
