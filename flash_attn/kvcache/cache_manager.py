@@ -123,6 +123,13 @@ class PagedKVCache(PageTable):
         """Where keys and values are."""
         return self.k.device
 
+    @property
+    def block_table(self) -> Tensor:
+        """Of the open step: (batch, pages), int32; -1 where a sequence has fewer pages than another."""
+        if self._on_device is None:
+            raise InvalidArgument("no step is open: call begin_step first")
+        return self._on_device.block_table
+
     @contextmanager
     def step(self, sequences: Sequence[int], new_tokens: Sequence[NewTokens]) -> Iterator[None]:
         """`begin_step`, and `end_step` behind the block; an exception in the block undoes the step."""
