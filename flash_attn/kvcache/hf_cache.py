@@ -152,7 +152,9 @@ class PagedCache(Cache):
     def _between_passes(self) -> PagedKVCache | None:
         """The pages, None before the first pass."""
         if self._table is not None:
-            raise InvalidArgument("not every layer was updated in the last pass; after a pass that failed, reset the cache")
+            raise InvalidArgument(
+                "not every layer was updated in the last pass; after a pass that failed, reset the cache"
+            )
         return self.pages if self.sequences else None
 
     def _allocate(self, key_states: Tensor) -> PagedKVCache:
