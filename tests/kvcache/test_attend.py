@@ -14,10 +14,11 @@ LAYERS, NHEADS, NHEADS_K, HEADDIM, PAGE, POSITIONS = 2, 4, 2, 16, 4, 64
 class Transcript:
     """A cache, and beside it every sequence's keys and values as lists of tokens."""
 
-    def __init__(self, seed: int, strategy: Paged = Paged(), **options) -> None:  # noqa: B008 - a frozen value
+    def __init__(self, seed: int, strategy: Paged = Paged(), device="cpu", **options) -> None:  # noqa: B008 - frozen
         self.generator = torch.Generator().manual_seed(seed)
+        self.device = torch.device(device)
         self.cache = PagedKVCache(
-            LAYERS, 64, PAGE, NHEADS_K, HEADDIM, torch.float32, strategy=strategy, share_prefixes=False
+            LAYERS, 64, PAGE, NHEADS_K, HEADDIM, torch.float32, device, strategy=strategy, share_prefixes=False
         )
         self.options = options
         angles = torch.arange(POSITIONS)[:, None] * 100.0 ** -torch.linspace(0, 1, HEADDIM // 2)
@@ -43,7 +44,10 @@ class Transcript:
 
     def step(self, sequences: list[int], new: list[int], packed: bool, kept: dict | None = None) -> None:
         """One step of random tokens, checked against the reference; kept: which places each sequence still has."""
-        rotary = dict(rotary_cos=self.cos, rotary_sin=self.sin, rotary_interleaved=False)
+        rotary = dict(rotary_cos=self.cos, rotary_sin=self.sin)
+        tensors = {
+            name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in (self.options | rotary).items()
+        }
         total = sum(new)
         kv = self.random(2, LAYERS, total, NHEADS_K, HEADDIM)
         for sequence, tokens in zip(sequences, kv.split(new, dim=2), strict=True):
@@ -52,9 +56,12 @@ class Transcript:
         with self.cache.step(sequences, new):
             for layer in range(LAYERS):
                 q = self.random(total, NHEADS, HEADDIM)
-                k, v = (x[layer].view(*shape, NHEADS_K, HEADDIM) for x in kv)
-                out, lse = self.cache.attend(
-                    layer, q.view(*shape, NHEADS, HEADDIM), k, v, **rotary, **self.options, return_softmax_lse=True
+                heads = (x.view(*shape, -1, HEADDIM).to(self.device) for x in (q, kv[0, layer], kv[1, layer]))
+                out, lse = (
+                    x.cpu()
+                    for x in self.cache.attend(
+                        layer, *heads, **tensors, rotary_interleaved=False, return_softmax_lse=True
+                    )
                 )
                 assert out.shape[:-2] == shape
                 lse = lse.split(new, dim=1) if packed else lse.unbind(0)
@@ -95,10 +102,14 @@ OPTIONS = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_attend_sees_each_sequences_own_keys(packed, options, seed):
-    t = Transcript(seed, **options)
+def test_attend_sees_each_sequences_own_keys(options, packed, where, seed):
+    t = Transcript(seed, device=where, **options)
     a, b = t.add(), t.add()
     t.step([a, b], [7, 7], packed)
     t.step([b], [1], packed)
@@ -151,8 +162,9 @@ def kept_places(length: int, new: int, window: int, sinks: int) -> list[int]:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("window, sinks", [(6, 0), (6, 4), (5, 3), (1, 0), (9, 8)])
-def test_rolling_window_keeps_sinks_and_the_last_tokens_at_their_places(window, sinks, packed, seed):
-    t = Transcript(seed, RollingWindow(window, sinks))
+@pytest.mark.parametrize("where", DEVICES)
+def test_rolling_window_keeps_sinks_and_the_last_tokens_at_their_places(where, window, sinks, packed, seed):
+    t = Transcript(seed, RollingWindow(window, sinks), where)
     a, b = t.add(), t.add()
     lengths = {a: 0, b: 0}
     for new, together in ((9, [a]), (3, [a, b]), *[(1, [a, b])] * 8, (7, [b, a]), *[(1, [a, b])] * 5):
@@ -350,3 +362,28 @@ def test_memory_report_adds_up():
     assert report.bytes_in_use == 2 * report.page_bytes
     assert report.bytes_allocated == 2 * cache.k.numel() * 2
     assert str(report).startswith("2 sequences, 10 tokens in 2 pages (2 shared); 0 pages cached, 6 free")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_a_step_never_waits_for_the_device(packed):
+    cache = PagedKVCache(2, 64, 16, 2, 64, torch.float16, "cuda")
+    sequences = [cache.add(), cache.add()]
+    sequences.append(cache.fork(sequences[0]))
+
+    def step() -> None:
+        shape = (6,) if packed else (3, 2)
+        q, k, v = (torch.zeros(*shape, heads, 64, dtype=torch.float16, device="cuda") for heads in (4, 2, 2))
+        with cache.step(sequences, [2] * 3):
+            for layer in range(2):
+                cache.attend(layer, q, k, v)
+
+    step()  # compiles the kernels
+    sequences.append(cache.fork(sequences[1]))
+    cache.free(sequences.pop(0))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
