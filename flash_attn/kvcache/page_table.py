@@ -303,6 +303,8 @@ class PageTable:
 
     def _make_room(self, needed: Callable[[], int], stay: frozenset[int]) -> None:
         """Asks the pressure hook until enough pages are available, or raises OutOfPages when it cannot help."""
+        if needed() <= self._allocator.num_free:
+            return
         while (missing := needed() - self.num_available) > 0:
             if self.on_pressure is not None:
                 outer, self._busy = self._busy, stay

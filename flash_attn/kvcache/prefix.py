@@ -23,6 +23,11 @@ DIGEST_BYTES = 16  # two different prefixes collide with probability 2^-64 among
 
 def as_tokens(tokens: Any) -> Tokens:
     """Any 1-D array of whole numbers on the host, as int64."""
+    if type(tokens) is list:
+        try:
+            return array("q", tokens)  # one token: 0.7 us, 4 us through numpy (2-core x86, 2026-11-22)
+        except (TypeError, OverflowError):
+            pass  # the check below says what is wrong
     values = np.asarray(tokens)
     if values.ndim != 1 or (values.size > 0 and values.dtype.kind not in "iu"):
         raise InvalidArgument(f"tokens must be 1-D integers, got shape {values.shape} and dtype {values.dtype}")
