@@ -4,8 +4,8 @@ A step, for all layers of one pass of a model:
 
     begin_step        host: pages for the new tokens, shared ones replaced by copies (page_table.py)
                       device: one copy brings lengths, positions and the block table; one copies the pages
-    attend, a layer   append, rotate and attend: kv_attention.flash_attn_with_kvcache, or for sequences of unequal
-                      numbers of new tokens rotary, `append` and the packed attention
+    attend, a layer   append, rotate and attend: what flash_attn_with_kvcache does; or, for sequences of unequal
+                      numbers of new tokens, rotary, `append` and the packed attention
     end_step          host: lengths grow, full pages can be found by content
 
 Nothing waits for the device. Pages freed and taken again are safe because work on one stream runs in order.
@@ -22,10 +22,11 @@ from torch import Tensor
 from flash_attn.backward.call import attend as attend_packed
 from flash_attn.backward.call import make_words
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
-from flash_attn.kvcache import kv_attention
+from flash_attn.kvcache.kv_attention import attend_with_cache
 from flash_attn.kvcache.page_table import NewTokens, PageTable, PressureHook, Reservation
 from flash_attn.kvcache.strategies import Paged
 from flash_attn.problem import INT32_MAX, parse_window
+from flash_attn.problem_kvcache import CacheTensors
 
 ALIGNMENT = 4  # int32 of each array in the one transfer, so that every tensor begins at 16 bytes
 
@@ -183,6 +184,7 @@ class PagedKVCache(PageTable):
         rotary_cos: Tensor | None = None,
         rotary_sin: Tensor | None = None,
         rotary_interleaved: bool = True,
+        num_splits: int = 0,
         return_softmax_lse: bool = False,
     ) -> Any:
         """Appends k and v to the open step's sequences, and attends with q over all their keys. Forward only.
@@ -216,9 +218,13 @@ class PagedKVCache(PageTable):
         if (rotary_cos is None) != (rotary_sin is None):
             raise InvalidArgument("rotary_cos and rotary_sin must be given together, got one of them")
         packed = q.dim() == 3
-        if rotary_cos is not None and rotary_sin is not None and (packed or step.dropped):
+        if packed and num_splits > 1:
+            raise UnsupportedProblem(f"packed queries are attended without splits, got num_splits = {num_splits}")
+        if rotary_cos is not None and rotary_sin is not None and (packed or self._places_differ(step, rotary_cos)):
             if not causal and parse_window(window_size) == (-1, -1):
-                raise UnsupportedProblem("packed queries and rolling windows rotate q only if causal or in a window")
+                raise UnsupportedProblem(
+                    "where `attend` rotates by itself, q must be causal or in a window, got neither"
+                )
             q, k = self._rotate(step, rotary_cos, rotary_sin, rotary_interleaved, q, k)
             rotary_cos = rotary_sin = None
         if packed:
@@ -228,25 +234,13 @@ class PagedKVCache(PageTable):
             )
             lengths = (step.cu_seqlens_q, step.cu_seqlens_k, step.block_table)
             out, lse = attend_packed(q, self.k[layer], self.v[layer], words, alibi_slopes, False, *lengths)[:2]
-            return (out, lse) if return_softmax_lse else out
-        return kv_attention.flash_attn_with_kvcache(
-            q,
-            self.k[layer],
-            self.v[layer],
-            k,
-            v,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            cache_seqlens=step.cache_seqlens,
-            block_table=step.block_table,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            rotary_interleaved=rotary_interleaved,
-            alibi_slopes=alibi_slopes,
-            return_softmax_lse=return_softmax_lse,
-        )
+        else:
+            tensors = CacheTensors(
+                k, v, rotary_cos, rotary_sin, block_table=step.block_table, alibi_slopes=alibi_slopes
+            )
+            numbers = (softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits)
+            out, lse = attend_with_cache(q, self.k[layer], self.v[layer], tensors, step.cache_seqlens, *numbers)
+        return (out, lse) if return_softmax_lse else out
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -321,6 +315,10 @@ class PagedKVCache(PageTable):
                     f"{name} must be {self.k.dtype} on {self.device} like the cache, got {x.dtype} on {x.device}"
                 )
         return step
+
+    def _places_differ(self, step: Step, rotary_cos: Tensor) -> bool:
+        """Whether places in the cache are not places in the text, or the last page ends beyond the rotary tables."""
+        return step.dropped or step.block_table.shape[1] * self.page_size > rotary_cos.shape[0]
 
     def _rotate(self, step: Step, cos: Tensor, sin: Tensor, interleaved: bool, *xs: Tensor) -> list[Tensor]:
         """The new tokens' q and k, rotated at their places in the text."""

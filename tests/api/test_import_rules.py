@@ -91,9 +91,7 @@ RULES = {
     "torch_ops": Rule(("dispatch",)),
     "backward.flaggems_backward": Rule(("backward.call", "backends", "dispatch")),
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops")),
-    "kvcache.cache_manager": Rule(
-        ("kvcache", "problem", "problem_kvcache", "backward", "layers"), ("torch", "numpy")
-    ),
+    "kvcache.cache_manager": Rule(("kvcache", "problem", "problem_kvcache", "backward", "layers"), ("torch", "numpy")),
     "kvcache.page_table": Rule(("kvcache",), ("numpy",)),
     "kvcache.prefix": Rule(("kvcache",), ("numpy",)),
     "kvcache.allocator": Rule((), ("numpy",)),

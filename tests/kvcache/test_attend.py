@@ -332,9 +332,11 @@ def test_tensors_that_do_not_fit_the_step_are_refused():
     with pytest.raises(InvalidArgument, match="2 positions, the step reaches position 2"):
         cos = ones(2, 1)
         cache.attend(0, ones(5, 1, 2), ones(5, 1, 2), ones(5, 1, 2), rotary_cos=cos, rotary_sin=cos)
-    with pytest.raises(UnsupportedProblem, match="only if causal or in a window"):
+    with pytest.raises(UnsupportedProblem, match="q must be causal or in a window"):
         cos = ones(9, 1)
         cache.attend(0, ones(5, 1, 2), ones(5, 1, 2), ones(5, 1, 2), rotary_cos=cos, rotary_sin=cos, causal=False)
+    with pytest.raises(UnsupportedProblem, match="without splits, got num_splits = 2"):
+        cache.attend(0, ones(5, 1, 2), ones(5, 1, 2), ones(5, 1, 2), num_splits=2)
 
 
 @pytest.mark.parametrize(
@@ -387,3 +389,14 @@ def test_a_step_never_waits_for_the_device(packed):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_rotary_tables_need_to_reach_the_last_token_not_the_end_of_its_page(packed, seed):
+    t = Transcript(seed)
+    t.cos, t.sin = t.cos[:9], t.sin[:9]
+    a = t.add()
+    t.step([a], [7], packed)
+    t.step([a], [2], packed)
+    with pytest.raises(InvalidArgument, match="9 positions, the step reaches position 9"):
+        t.step([a], [1], packed)
