@@ -400,3 +400,11 @@ def test_rotary_tables_need_to_reach_the_last_token_not_the_end_of_its_page(pack
     t.step([a], [2], packed)
     with pytest.raises(InvalidArgument, match="9 positions, the step reaches position 9"):
         t.step([a], [1], packed)
+
+
+def test_names_of_the_package_load_on_first_use():
+    import flash_attn.kvcache as package
+
+    assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = package.absent
