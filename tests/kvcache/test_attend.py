@@ -227,17 +227,19 @@ def test_windows_that_make_no_sense_are_refused(arguments, match):
         RollingWindow(**arguments)
 
 
-def test_pages_to_copy_are_as_few_as_can_be(seed):
+def test_pages_to_copy_are_as_few_as_can_be():
     """Of all who hold a page and write in one step, one keeps it; a fork that is not written takes nothing."""
-    t = Transcript(seed)
-    a = t.add()
-    t.step([a], [6], packed=False)
-    b, c = t.fork(a), t.fork(a)
-    assert t.cache.memory_report().pages_in_use == 2
-    t.step([c, a, b], [1, 1, 1], packed=False)
-    assert t.cache.memory_report()[:2] == (4, 1)
-    t.fork(b)
-    assert t.cache.memory_report()[:2] == (4, 2)
+    cache = PagedKVCache(1, 4, PAGE, 1, 1, torch.float32)
+    a = cache.add()
+    with cache.step([a], [6]):
+        pass
+    b, c = cache.fork(a), cache.fork(a)
+    assert cache.memory_report()[:4] == (2, 2, 0, 2)
+    with cache.step([c, a, b], [1, 1, 1]):  # two free pages suffice for three writers
+        pass
+    assert cache.memory_report()[:4] == (4, 1, 0, 0)
+    cache.fork(b)
+    assert cache.memory_report()[:4] == (4, 2, 0, 0)
 
 
 def test_pressure_hook_makes_room_or_out_of_pages_is_raised():
