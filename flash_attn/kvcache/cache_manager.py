@@ -151,14 +151,19 @@ class PagedKVCache(PageTable):
                 ever told only how many is not found by content.
 
         Raises:
-            OutOfPages: too few pages, and the pressure hook did not help. No sequence has changed.
+            OutOfPages: too few pages, and the pressure hook did not help. Every sequence is as before.
             InvalidArgument: a step is open, a sequence is unknown or occurs twice, or grows beyond its strategy.
         """
         reservation = self._reserve(sequences, new_tokens)
-        self._on_device, (source, target) = self._transfer(reservation)
-        if len(target):
-            for pages in (self.k, self.v):
-                pages[:, target] = pages[:, source]
+        try:
+            self._on_device, (source, target) = self._transfer(reservation)
+            if len(target):
+                for pages in (self.k, self.v):
+                    pages[:, target] = pages[:, source]
+        except BaseException:  # such as a device without memory for the copy
+            self._take_back(reservation.copied)
+            self.end_step(commit=False)
+            raise
 
     def end_step(self, commit: bool = True) -> None:
         """The new tokens of every layer are stored; or, without `commit`, the step did not happen."""

@@ -146,7 +146,7 @@ class PageTable:
         gap_end = gap + int(self._dropped[row]) * self.page_size
         if length <= gap:
             self._dropped[row] = 0
-        elif self._dropped[row] and (first := self._first_needed(length)) < gap_end:
+        elif self._dropped[row] and (first := int(self.strategy.first_needed(np.array(length)))) < gap_end:
             raise InvalidArgument(
                 f"a sequence of {length} tokens would have to see token {max(first, gap)}, and tokens {gap} to "
                 f"{gap_end - 1} are dropped"
@@ -193,6 +193,16 @@ class PageTable:
         self._trim(self._open_step().rows)
         self._close()
 
+    def _take_back(self, copied: tuple[Ints, Ints]) -> None:
+        """The contents were not copied: the open step's sequences hold the old pages again, which others kept alive."""
+        source, target = copied
+        old = np.arange(-1, self._allocator.num_pages, dtype=np.int32)  # old[page + 1]
+        old[target + 1] = source
+        rows = self._open_step().rows
+        self._table[rows] = old[self._table[rows] + 1]
+        self._allocator.share(source)
+        self._release(target)
+
     def _close(self) -> None:
         self._step, self._busy = None, frozenset()
 
@@ -206,9 +216,6 @@ class PageTable:
         if row is None:
             raise InvalidArgument(f"sequence {sequence!r} is unknown or freed; there are {len(self._rows)} sequences")
         return row
-
-    def _first_needed(self, length: int) -> int:
-        return int(self.strategy.first_needed(np.array([length], np.int32))[0])
 
     def _kept(self, rows: Any) -> Any:
         """Tokens that are in pages."""

@@ -274,6 +274,20 @@ def test_a_step_that_fails_leaves_lengths_and_pages_as_they_were(seed):
     t.step([a], [2], packed=False)
 
 
+def test_a_copy_that_fails_leaves_every_page_with_its_holders(seed, monkeypatch):
+    t = Transcript(seed)
+    a = t.add()
+    t.step([a], [6], packed=False)
+    b, c = t.fork(a), t.fork(a)
+    with monkeypatch.context() as patch:
+        patch.setattr(t.cache, "_transfer", lambda reservation: 1 / 0)
+        with pytest.raises(ZeroDivisionError), t.cache.step([b, a], [3, 3]):
+            pass
+    assert t.cache.pages(a).tolist() == t.cache.pages(b).tolist() == t.cache.pages(c).tolist()
+    assert t.cache.memory_report()[:4] == (2, 2, 0, 62)
+    t.step([c, b, a], [2, 2, 2], packed=False)
+
+
 def open_cache():
     cache = PagedKVCache(2, 8, PAGE, 1, 2, torch.float32)
     a, b = cache.add(), cache.add()
