@@ -11,7 +11,7 @@ if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "ski
 numpy-suits-interpreter := $(RUN) -c "import numpy; exit(int(numpy.__version__.split('.')[1]) >= 4)"
 lint-with = $(call if-installed,ruff,$(RUN) -m ruff $(1))
 
-.PHONY: test test-interpreter test-rest test-gpu demo bench lint typecheck wheel format setup clean
+.PHONY: test test-interpreter test-rest test-gpu demo demo-serve bench lint typecheck wheel format setup clean
 
 # One at a time and in this order, so that the last line is pytest's summary.
 .NOTPARALLEL:
@@ -29,6 +29,9 @@ test-gpu: setup
 
 demo: setup
 	$(RUN) examples/train_gpt.py
+
+demo-serve: setup
+	$(RUN) examples/serve_gpt.py
 
 bench: setup
 	$(RUN) -m benchmarks.run

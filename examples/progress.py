@@ -11,11 +11,12 @@ LINES = 10  # without tqdm
 
 
 class Progress:
-    """Call it once a step with the step's loss."""
+    """Call it once a step with a figure to show: the step's loss, unless named otherwise."""
 
-    def __init__(self, title: str, steps: int) -> None:
-        self.title, self.steps, self.done = title, steps, 0
-        self.bar = tqdm(total=steps, desc=title, unit="step", mininterval=0.5) if tqdm else None
+    def __init__(self, title: str, steps: int, unit: str = "step", figure: str = "loss") -> None:
+        self.title, self.steps, self.unit, self.figure = title, steps, unit, figure
+        self.done = 0
+        self.bar = tqdm(total=steps, desc=title, unit=unit, mininterval=0.5) if tqdm else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -24,10 +25,12 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def __call__(self, loss: float) -> None:
+    def __call__(self, value: float) -> None:
         self.done += 1
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.bar.set_postfix({self.figure: shown}, refresh=False)
             self.bar.update()
         elif self.done % max(1, self.steps // LINES) == 0:
-            print(f"{self.title}: step {self.done}/{self.steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
+            done = f"{self.title}: {self.unit} {self.done}/{self.steps}, {self.figure} {shown}"
+            print(done, file=sys.stderr, flush=True)

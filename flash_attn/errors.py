@@ -1,4 +1,4 @@
-"""The two errors a caller can meet. Both are RuntimeErrors, which upstream raises for the same faults."""
+"""The errors a caller can meet. All are RuntimeErrors, which upstream raises for the same faults."""
 
 from collections.abc import Mapping
 
@@ -14,3 +14,7 @@ class UnsupportedProblem(NotImplementedError, RuntimeError):
         self.reasons = dict(reasons or {})
         lines = [message, *(f"  {name}: {reason}" for name, reason in self.reasons.items())]
         super().__init__("\n".join(lines))
+
+
+class OutOfPages(RuntimeError):
+    """A paged cache has fewer pages left than an operation needs; the text names both numbers."""
