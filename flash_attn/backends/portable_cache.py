@@ -141,7 +141,8 @@ def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) 
         fixed_blocks = math.ceil(per_split / config.block_n)
         num_splits = math.ceil(operands.max_seqlen_k / (fixed_blocks * config.block_n))
     elif num_splits == 0:
-        num_splits = split_count(num_tiles, math.ceil(num_keys / config.block_n), hardware, config)
+        paged = operands.block_table is not None
+        num_splits = split_count(num_tiles, math.ceil(num_keys / config.block_n), paged, hardware, config)
     num_splits = max(1, num_splits)
     return bind_decode(problem, operands, hardware, num_tiles, num_splits, fixed_blocks)
 

@@ -26,7 +26,6 @@ from flash_attn.kvcache.kv_attention import attend_with_cache
 from flash_attn.kvcache.page_table import NewTokens, PageTable, PressureHook, Reservation
 from flash_attn.kvcache.strategies import Paged
 from flash_attn.problem import INT32_MAX, parse_window
-from flash_attn.problem_kvcache import CacheTensors
 
 ALIGNMENT = 4  # int32 of each array in the one transfer, so that every tensor begins at 16 bytes
 
@@ -240,11 +239,26 @@ class PagedKVCache(PageTable):
             lengths = (step.cu_seqlens_q, step.cu_seqlens_k, step.block_table)
             out, lse = attend_packed(q, self.k[layer], self.v[layer], words, alibi_slopes, False, *lengths)[:2]
         else:
-            tensors = CacheTensors(
-                k, v, rotary_cos, rotary_sin, block_table=step.block_table, alibi_slopes=alibi_slopes
+            out, lse = attend_with_cache(
+                q,
+                self.k[layer],
+                self.v[layer],
+                k,
+                v,
+                rotary_cos,
+                rotary_sin,
+                step.cache_seqlens,
+                None,
+                None,
+                step.block_table,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                rotary_interleaved,
+                alibi_slopes,
+                num_splits,
             )
-            numbers = (softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits)
-            out, lse = attend_with_cache(q, self.k[layer], self.v[layer], tensors, step.cache_seqlens, *numbers)
         return (out, lse) if return_softmax_lse else out
 
     @torch.no_grad()

@@ -59,27 +59,30 @@ def prefers_decode(packed_rows: int, forward_programs: int, num_splits: int, har
 
 
 @functools.lru_cache(maxsize=4096)
-def split_count(num_programs: int, num_blocks: int, hardware: Hardware, config: DecodeConfig) -> int:
+def split_count(num_programs: int, num_blocks: int, paged: bool, hardware: Hardware, config: DecodeConfig) -> int:
     """Splits for the least time, where `num_programs` programs read `num_blocks` blocks of keys each.
 
-    In units of the time of one block: waves of programs, each as long as a split and STARTUP_BLOCKS, and the merge.
+    In units of the time in which an SM reads one block. Its programs share its part of the memory's bandwidth, so what counts
+    is how many the busiest one has; a lone program reaches all of it but where it waits for page numbers (PAGED_ALONE).
     """
-    slots = hardware.num_sms * config.programs_per_sm
 
     def duration(splits: int) -> float:
-        waves = -(-num_programs * splits // slots)
+        programs = -(-num_programs * splits // hardware.num_sms)  # of the busiest SM
+        waves = -(-programs // config.programs_per_sm)
         merge = 0.0 if splits == 1 else MERGE_BLOCKS + splits * MERGE_BLOCKS_PER_SPLIT
-        return waves * (-(-num_blocks // splits) + STARTUP_BLOCKS) + merge
+        alone = PAGED_ALONE if paged else 1.0
+        return max(programs, alone) * -(-num_blocks // splits) + waves * STARTUP_BLOCKS + merge
 
     return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=duration)
 
 
 WIDE_TILE = 64 * 128
 
-# of `split_count`; estimates, H200
+# of `split_count`; H200, 2026-11-22
 STARTUP_BLOCKS = 2.0
 MERGE_BLOCKS = 2.0
 MERGE_BLOCKS_PER_SPLIT = 0.03
+PAGED_ALONE = 1.2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,7 +102,7 @@ def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
 
 INTERPRETER = DecodeConfig(16, 4, 1, 1)
 
-# by estimate, H200: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs of 104 KB hold 192 KB, and as
+# H200, 2026-11-22, benchmarks/tune_decode.py: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs of 104 KB hold 192 KB, and as
 # no third one fits beside them, `split_count` knows how many run at the same time
 HOPPER = {
     16: DecodeConfig(128, 4, 4, 4),

@@ -23,30 +23,29 @@ SMALL_GPU = Hardware("cuda", "sm_86", 20, 99 * 1024)
 CONFIG = DecodeConfig(64, 4, 3, 2)
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("hardware", [H200, SMALL_GPU])
 @pytest.mark.parametrize("programs", [1, 8, 63, 128, 512, 4096])
 @pytest.mark.parametrize("blocks", [0, 1, 2, 32, 128, 2048])
-def test_splits_are_within_bounds(programs, blocks, hardware):
-    splits = split_count(programs, blocks, hardware, CONFIG)
+def test_splits_are_within_bounds(programs, blocks, hardware, paged):
+    splits = split_count(programs, blocks, paged, hardware, CONFIG)
     assert 1 <= splits <= max(1, min(MAX_SPLITS, blocks))
 
 
 def test_few_programs_are_split_and_many_are_not():
-    assert split_count(8, 128, H200, CONFIG) >= 16  # one sequence of 8k keys, 8 key heads
-    assert split_count(8, 2048, H200, CONFIG) >= 32
-    assert split_count(512, 128, H200, CONFIG) == 1  # the batch alone fills the GPU
-    assert split_count(8, 1, H200, CONFIG) == 1
+    assert split_count(8, 128, False, H200, CONFIG) >= 8  # one sequence of 8k keys, 8 key heads
+    assert split_count(8, 2048, False, H200, CONFIG) >= 16
+    assert split_count(512, 128, False, H200, CONFIG) == 1  # the batch alone fills the GPU
+    assert split_count(8, 1, False, H200, CONFIG) == 1
 
 
-def test_splits_leave_no_processor_idle():
-    """From one program to many, the last wave is at least two thirds full, or there is one block a split."""
-    slots = H200.num_sms * CONFIG.programs_per_sm
-    for programs in range(1, 2 * slots):
-        total = programs * split_count(programs, 512, H200, CONFIG)
-        waves = -(-total // slots)
-        assert total >= 0.66 * waves * slots or programs * MAX_SPLITS < slots, (
-            f"{programs} programs: {total} of {waves} waves"
-        )
+def test_splits_share_the_keys_evenly():
+    """From one program to many, the busiest SM reads at most a fifth more than its share, where splits allow."""
+    for programs in range(1, 4 * H200.num_sms):
+        splits = split_count(programs, 512, False, H200, CONFIG)
+        busiest = -(-programs * splits // H200.num_sms) * -(-512 // splits)
+        share = programs * 512 / H200.num_sms
+        assert busiest <= 1.2 * share or programs * MAX_SPLITS < H200.num_sms, f"{programs} programs: {busiest}"
 
 
 @pytest.mark.parametrize("rows, tile", [(1, 16), (4, 16), (16, 16), (17, 32), (64, 64), (65, 64), (4000, 64)])
