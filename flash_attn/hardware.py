@@ -55,3 +55,13 @@ def raw_stream_getter(device: torch.device) -> Callable[[], int] | None:
     if device.type != "cuda":
         return None
     return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the CUDA device's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()

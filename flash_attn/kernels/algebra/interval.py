@@ -7,6 +7,8 @@ With n = seqlen_k - seqlen_q, row i sees keys i + n - left .. i + n + right (bot
 import triton
 import triton.language as tl
 
+from flash_attn.kernels.algebra.score import speaks_ptx
+
 
 @triton.jit
 def key_interval(rows, span, window):
@@ -42,6 +44,38 @@ def visible(rows, cols, span, window):
     if window.left is not None:
         inside = inside & (cols >= lo)
     return inside
+
+
+@triton.jit
+def hide(tile, cols, lo, hi, window):
+    """Scores of keys outside [lo, hi) as -inf; all broadcast to the tile.
+
+    In PTX comparisons and selections, where the compiler would pack the comparisons of a tile into words first.
+    """
+    if speaks_ptx():
+        tile = tl.inline_asm_elementwise(
+            "{ .reg .pred seen; setp.lt.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
+            "=f,f,r,r", [tile, cols, hi], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        if window.left is not None:
+            tile = tl.inline_asm_elementwise(
+                "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
+                "=f,f,r,r", [tile, cols, lo], dtype=tl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        seen = cols < hi
+        if window.left is not None:
+            seen = seen & (cols >= lo)
+        tile = tl.where(seen, tile, float("-inf"))
+    return tile
+
+
+@triton.jit
+def key_blocks(first_row, last_row, span, window, BLOCK: tl.constexpr):
+    """Key blocks that rows first_row .. last_row see: [begin, full_begin, full_end, end)."""
+    first_lo, first_hi = key_interval(first_row, span, window)
+    last_lo, last_hi = key_interval(last_row, span, window)
+    return block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK)
 
 
 @triton.jit

@@ -11,12 +11,24 @@ from flash_attn.kernels.algebra.score import LN_2, LOG2_E
 
 
 @triton.jit
+def softmax_pivot(row_max, unit):
+    """What the base-2 exponents of a row are taken against: its maximum, or 0 for a row that has seen no key yet."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max * unit)
+
+
+@triton.jit
+def softmax_rescale(row_max, unit, pivot_log2):
+    """The factor on sums that were taken against an earlier row_max."""
+    return tl.math.exp2(row_max * unit - pivot_log2)
+
+
+@triton.jit
 def softmax_step(row_max, row_sum, tile, unit):
     """Fold one tile of scores in; returns (weights, rescale of earlier sums, row_max, row_sum)."""
     new_max = tl.maximum(row_max, tl.max(tile, 1))
-    pivot_log2 = tl.where(new_max == float("-inf"), 0.0, new_max * unit)
-    weights = tl.math.exp2(tile * unit - pivot_log2[:, None])
-    rescale = tl.math.exp2(row_max * unit - pivot_log2)
+    pivot_log2 = softmax_pivot(new_max, unit)
+    weights = softmax_weights(tile, unit, pivot_log2[:, None])
+    rescale = softmax_rescale(row_max, unit, pivot_log2)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
@@ -36,9 +48,9 @@ def lse_log2(softmax_lse):
 
 
 @triton.jit
-def softmax_weights(tile, unit, row_lse_log2):
-    """Normalised weights of a tile of scores, from the finished softmax_lse; row_lse_log2 broadcasts to the tile."""
-    return tl.math.exp2(tile * unit - row_lse_log2)
+def softmax_weights(tile, unit, pivot_log2):
+    """Weights of a tile of scores against a pivot that broadcasts to it: normalised when that is the finished lse_log2."""
+    return tl.math.exp2(tile * unit - pivot_log2)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Gluon kernels for Hopper (sm_90): warp-specialised pipelines around the formulas of `kernels.algebra`."""

@@ -1,0 +1,530 @@
+"""Forward for Hopper: out = softmax(score(q k^T)) v and softmax_lse, persistent and warp-specialised.
+
+One warp loads, two or three warpgroups ("consumers") of 64 query rows each attend. A program takes tiles of
+CONSUMERS * 64 query rows of one head from a counter in global memory until there are none.
+
+    load       draws tile i+1, announces it, copies Q(i), then K and V blocks from the last to the first
+    consumer   S = Q K(n)^T   is issued, then   O += P(n+1) V(n+1);   softmax of S runs while that product does
+               its turn on the tensor cores alternates with its neighbour's when PING_PONG
+
+    ring       filled by   read by       a slot is free when
+    tiles      load        consumers     every consumer has read the number
+    q          load        one consumer  that consumer has issued its last Q K^T and it is complete
+    k, v       load        consumers     every consumer's product with it is complete
+
+With OVERLAP (head dims up to 128) the last product with V of a tile runs beside the first product with K of the next one,
+so that short sequences do not drain the tensor cores; q then has two slots and out a buffer of its own. At head dim 256
+shared memory has room for neither: a tile is finished first, and out leaves through Q's buffer.
+
+Two things here are written for ptxas (12.8): the K/V loop is one loop with a uniform branch around the mask, because it
+miscompiles two sibling loops that share a tensor-core descriptor; and the spin on the next K's barrier stands between a
+softmax and the wait for P V, because it would otherwise move that wait above the exponentials.
+"""
+
+from typing import Any, NamedTuple
+
+from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.interval import hide, key_blocks, key_interval
+from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
+from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
+from flash_attn.kernels.algebra.span import Span, load_span
+from flash_attn.kernels.hopper.pipeline import (
+    FIRST_TURN,
+    WARPGROUP_ROWS,
+    Ring,
+    accumulator_layout,
+    advance,
+    allocate_barriers,
+    along_rows,
+    await_turn,
+    fence_async_shared,
+    give_turn,
+    gl,
+    gluon,
+    load_tile,
+    mbarrier,
+    partial_layout,
+    row_coordinates,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+TURN_THREADS = gl.constexpr(256)
+TILE_FIELDS = gl.constexpr(8)
+TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
+
+
+class Work(NamedTuple):
+    """The launch's tiles and the sizes they come from."""
+
+    counter: Any  # (2,) int32, zero: tiles drawn beyond the first of each program, programs that are done
+    num_tiles: Any
+    num_m: Any  # query blocks of the longest sequence
+    heads_together: Any  # heads whose tiles are drawn in turn, so that their keys stay in the L2 cache
+    nheads: Any
+    group: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    total_q: Any
+    total_k: Any
+
+
+@gluon.jit
+def tile_at(index, work, window):
+    """(query block, head, batch) of a tile; causal rows see more keys the later they are: longest first."""
+    tiles_together = work.heads_together * work.num_m
+    rest = index % tiles_together
+    m_block = rest // work.heads_together
+    batch_head = index // tiles_together * work.heads_together + rest % work.heads_together
+    if window.right is not None:
+        m_block = work.num_m - 1 - m_block
+    return m_block, batch_head % work.nheads, batch_head // work.nheads
+
+
+@gluon.jit
+def tile_span(batch, sequences, work):
+    return load_span(sequences, False, batch, work.seqlen_q, work.seqlen_k, work.total_q, work.total_k)
+
+
+@gluon.jit
+def tile_blocks(m_block, span, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Key blocks [begin, end) of a tile; at least one, so that every tile runs through the same pipeline."""
+    first = m_block * BLOCK_M
+    last = gl.minimum(first + BLOCK_M, span.seqlen_q) - 1
+    begin, _full_begin, _full_end, end = key_blocks(first, last, span, window, BLOCK_N)
+    return begin, gl.maximum(end, begin + 1)
+
+
+@gluon.jit
+def next_tile(index, sequences, work, window, BLOCK_M: gl.constexpr):
+    """The first tile from `index` on that has rows, drawing from the counter; num_tiles or more when there is none."""
+    if sequences.cu_seqlens_q is not None:
+        empty = index < work.num_tiles
+        while empty:
+            m_block, _head, batch = tile_at(index, work, window)
+            span = tile_span(batch, sequences, work)
+            empty = m_block * BLOCK_M >= span.seqlen_q
+            if empty:
+                index = gl.num_programs(0) + gl.atomic_add(work.counter, 1)
+                empty = index < work.num_tiles
+    return index
+
+
+@gluon.jit
+def announce(tiles, slot, phase, index, sequences, work, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Hand a tile to the consumers, decoded; query block -1 says that there is none any more."""
+    m_block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
+    span = tile_span(batch, sequences, work)
+    begin, end = tile_blocks(m_block, span, window, BLOCK_M, BLOCK_N)
+    m_block = gl.where(index < work.num_tiles, m_block, -1)
+    mbarrier.wait(tiles.empty.index(slot), phase)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    values = (m_block, head, batch, begin, end, span.start_q, span.seqlen_q, span.seqlen_k)
+    for field in gl.static_range(TILE_FIELDS):
+        tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
+    mbarrier.arrive(tiles.full.index(slot), count=1)
+
+
+@gluon.jit
+def tile_field(tiles, slot, FIELD: gl.constexpr):
+    """One number of an announced tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(tiles.buffers.index(slot * TILE_FIELDS + FIELD).load(layout), 0)
+
+
+@gluon.jit
+def announced_span(tiles, slot, work, PACKED: gl.constexpr):
+    """The span of an announced tile; consumers need no start_k."""
+    if PACKED:
+        span = Span(tile_field(tiles, slot, 5), 0, tile_field(tiles, slot, 6), tile_field(tiles, slot, 7))
+    else:
+        span = Span(0, 0, work.seqlen_q, work.seqlen_k)
+    return span
+
+
+@gluon.jit
+def load_block(descriptor, ring, slot, phase, n_block, span, batch, head_k, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
+    """Copy one block of keys or values into its slot, once that is free."""
+    mbarrier.wait(ring.empty.index(slot), phase)
+    coordinates = row_coordinates(span.start_k, span.seqlen_k, n_block * BLOCK_N, batch, head_k, PACKED)
+    load_tile(descriptor, coordinates, ring.full.index(slot), ring.buffers.index(slot))
+
+
+@gluon.jit
+def load_partition(
+    q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """Draws tiles and keeps the rings full."""
+    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
+    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
+    index = next_tile(gl.program_id(0), sequences, work, window, BLOCK_M)
+    announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
+    t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+    while index < work.num_tiles:
+        m_block, head, batch = tile_at(index, work, window)
+        span = tile_span(batch, sequences, work)
+        begin, end = tile_blocks(m_block, span, window, BLOCK_M, BLOCK_N)
+        for consumer in gl.static_range(CONSUMERS):
+            slot = q_slot * CONSUMERS + consumer
+            first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
+            mbarrier.wait(q_ring.empty.index(slot), q_phase)
+            coordinates = row_coordinates(span.start_q, span.seqlen_q, first, batch, head, PACKED)
+            load_tile(q_desc, coordinates, q_ring.full.index(slot), q_ring.buffers.index(slot))
+        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+        head_k = head // work.group
+        load_block(k_desc, k_ring, k_slot, k_phase, end - 1, span, batch, head_k, BLOCK_N, PACKED)
+        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+        index = next_tile(gl.num_programs(0) + gl.atomic_add(work.counter, 1), sequences, work, window, BLOCK_M)
+        announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
+        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        for step in range(1, end - begin):
+            n_block = end - 1 - step
+            load_block(k_desc, k_ring, k_slot, k_phase, n_block, span, batch, head_k, BLOCK_N, PACKED)
+            k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+            load_block(v_desc, v_ring, v_slot, v_phase, n_block + 1, span, batch, head_k, BLOCK_N, PACKED)
+            v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+        load_block(v_desc, v_ring, v_slot, v_phase, begin, span, batch, head_k, BLOCK_N, PACKED)
+        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+    done = gl.atomic_add(work.counter + 1, 1)
+    if done == gl.num_programs(0) - 1:  # nobody draws any more: leave the counter as the next launch wants it
+        gl.store(work.counter, 0)
+        gl.store(work.counter + 1, 0)
+
+
+@gluon.jit
+def product_qk(q_tile, k_ring, slot, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+    """Issue S = Q K^T, (64, BLOCK_N)."""
+    layout: gl.constexpr = accumulator_layout(BLOCK_N)
+    k_tile = k_ring.buffers.index(slot).reshape([BLOCK_N, HEAD_DIM_PAD]).permute((1, 0))
+    zeros = gl.zeros((WARPGROUP_ROWS, BLOCK_N), gl.float32, layout)
+    return warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+    """Issue O += P V."""
+    return warpgroup_mma(weights, v_ring.buffers.index(slot).reshape([BLOCK_N, HEAD_DIM_PAD]), acc, is_async=True)
+
+
+@gluon.jit
+def row_maximum(tile, BLOCK_N: gl.constexpr):
+    """Maximum of each row: over a thread's own columns first, then between the four lanes of a row."""
+    layout: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
+    partial = gl.max(tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8), 1)
+    return gl.convert_layout(gl.max(partial, 1), layout)
+
+
+@gluon.jit
+def partial_row_sums(weights, BLOCK_N: gl.constexpr):
+    """(64, 8) sums over a thread's own columns; the lanes of a row are added once, at the end of a tile."""
+    return gl.convert_layout(gl.sum(weights.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8), 1), partial_layout())
+
+
+@gluon.jit
+def softmax_step(row_max, row_sums, tile, unit, BLOCK_N: gl.constexpr):
+    """algebra.softmax.softmax_step with the row sums left in parts, which saves its shuffles."""
+    new_max = gl.maximum(row_max, row_maximum(tile, BLOCK_N))
+    pivot = softmax_pivot(new_max, unit)
+    weights = softmax_weights(tile, unit, pivot[:, None])
+    rescale = softmax_rescale(row_max, unit, pivot)
+    row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, BLOCK_N)
+    return weights, rescale, new_max, row_sums
+
+
+@gluon.jit
+def score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N: gl.constexpr):
+    """Scores of one block of dot products, -inf where a row may not see a key."""
+    layout: gl.constexpr = tile.type.layout
+    rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    first_col = n_block * BLOCK_N
+    tile = score_forward(tile, rows[:, None], (first_col + lanes)[None, :], span, score, slope)
+    if masked:
+        lo, hi = key_interval(rows, span, window)
+        tile = hide(tile, lanes[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window)
+    return tile
+
+
+@gluon.jit
+def full_blocks(first_row, span, window, BLOCK_N: gl.constexpr):
+    """Key blocks [full_begin, full_end) that every row of one consumer sees whole."""
+    last_row = gl.minimum(first_row + WARPGROUP_ROWS, gl.maximum(span.seqlen_q, first_row + 1)) - 1
+    _begin, full_begin, full_end, _end = key_blocks(first_row, last_row, span, window, BLOCK_N)
+    return full_begin, full_end
+
+
+@gluon.jit
+def attend_blocks(
+    q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
+    full_begin, full_end, follows, span, window, score, slope, unit,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """Key blocks last - 1 down to begin; the product of the last weights with their values stays to be done."""
+    NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
+    operand: gl.constexpr = weights.type.layout
+    out_layout: gl.constexpr = acc.type.layout
+    for step in range(0, last - begin):
+        n_block = last - 1 - step
+        if PING_PONG:
+            await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        if PING_PONG:
+            give_turn(FIRST_TURN + NEXT, TURN_THREADS)
+        tile = warpgroup_mma_wait(1, deps=(tile,))
+        mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
+        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+        masked = (n_block < full_begin) | (n_block >= full_end)
+        tile = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
+        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, unit, BLOCK_N)
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | follows)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
+        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+        weights = gl.convert_layout(p.to(q_tile.dtype), operand)
+        acc = acc * along_rows(rescale, out_layout)
+    return weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase
+
+
+@gluon.jit
+def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
+               HEAD_DIM_PAD: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+    """out and softmax_lse of one consumer's rows; the copy of out is still running on return."""
+    out_layout: gl.constexpr = acc.type.layout
+    out = acc * along_rows(inverse_sum, out_layout)
+    buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]).store(out.to(buffer.dtype))
+    fence_async_shared()
+    coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
+    tma.async_copy_shared_to_global(o_desc, coordinates, buffer)
+    row_layout: gl.constexpr = lse.type.layout
+    rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
+    base = softmax_lse.ptr + gl.cast(batch, gl.int64) * softmax_lse.stride_b + gl.cast(head, gl.int64) * softmax_lse.stride_h
+    gl.store(base + span.start_q + rows, lse, mask=rows < span.seqlen_q)
+
+
+@gluon.jit
+def finish(row_max, row_sums, unit):
+    """(1 / row sum, softmax_lse) from the parts of the row sums."""
+    layout: gl.constexpr = row_max.type.layout
+    row_sum = gl.convert_layout(gl.sum(row_sums, 1), layout)
+    return softmax_finish(row_max, row_sum, unit)
+
+
+@gluon.jit
+def attend_overlapped(
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """One consumer, with OVERLAP: the first key block of a tile runs beside the last values of the tile before."""
+    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
+    NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
+    tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
+    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
+    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
+    dtype: gl.constexpr = o_buffers.dtype
+    unit = unit_log2(score)
+    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0, 0
+    lowest = gl.full((WARPGROUP_ROWS,), float("-inf"), gl.float32, row_layout)
+    nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
+    row_max, row_sums = lowest, nothing
+    weights = gl.convert_layout(gl.zeros((WARPGROUP_ROWS, BLOCK_N), dtype, tile_layout), operand)
+    acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    if PING_PONG and CONSUMER == CONSUMERS - 1:
+        give_turn(FIRST_TURN + 0, TURN_THREADS)
+    old_slot = 0
+    mbarrier.wait(tiles.full.index(t_slot), t_phase)
+    present = tile_field(tiles, t_slot, 0) >= 0
+    pending = present & (t_slot > 0)  # whether the tile before still needs its last product
+    mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present)
+    while present | pending:
+        first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
+        span = announced_span(tiles, t_slot, work, PACKED)
+        q_index = q_slot * CONSUMERS + CONSUMER
+        q_tile = q_ring.buffers.index(q_index).reshape([WARPGROUP_ROWS, HEAD_DIM_PAD])
+        mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
+        if PING_PONG:
+            await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        mbarrier.wait(v_ring.full.index(v_slot), v_phase, pred=pending)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        if PING_PONG:
+            give_turn(FIRST_TURN + NEXT, TURN_THREADS)
+        full_begin, full_end = full_blocks(first_row, span, window, BLOCK_N)
+        slope = load_slope(score, tile_field(tiles, t_slot, 2), tile_field(tiles, t_slot, 1))
+        next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
+        mbarrier.wait(tiles.full.index(next_slot), next_phase, pred=present)
+        follows = present & (tile_field(tiles, next_slot, 0) >= 0)
+        tile = warpgroup_mma_wait(1, deps=(tile,))
+        mbarrier.arrive(k_ring.empty.index(k_slot), count=1, pred=present)
+        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+        masked = (end - 1 < full_begin) | (end - 1 >= full_end)
+        tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
+        inverse_sum, lse = finish(row_max, row_sums, unit)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        weights = gl.convert_layout(p.to(dtype), operand)
+        if pending:
+            mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
+            v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+            tma.store_wait(0)
+            old_row = tile_field(tiles, old_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+            store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, old_row,
+                       announced_span(tiles, old_slot, work, PACKED), tile_field(tiles, old_slot, 2),
+                       tile_field(tiles, old_slot, 1), HEAD_DIM_PAD, PACKED)  # fmt: skip
+            mbarrier.arrive(tiles.empty.index(old_slot), count=1)
+        acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+        last = gl.where(present, end - 1, begin)
+        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
+            q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
+            last, full_begin, full_end, follows, span, window, score, slope, unit,
+            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG,
+        )  # fmt: skip
+        mbarrier.arrive(q_ring.empty.index(q_index), count=1, pred=present)
+        q_slot, q_phase = advance(q_slot, q_phase, 2)
+        old_slot, t_slot, t_phase = t_slot, next_slot, next_phase
+        pending, present = present, follows
+    tma.store_wait(0)
+    if PING_PONG and CONSUMER == 0:
+        await_turn(FIRST_TURN + 0, TURN_THREADS)
+
+
+@gluon.jit
+def attend_serially(
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """One consumer that finishes a tile before the next one; out leaves through Q's buffer."""
+    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
+    tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
+    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
+    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
+    dtype: gl.constexpr = o_buffers.dtype
+    unit = unit_log2(score)
+    t_slot, t_phase, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0
+    lowest = gl.full((WARPGROUP_ROWS,), float("-inf"), gl.float32, row_layout)
+    nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
+    q_tile = q_ring.buffers.index(CONSUMER).reshape([WARPGROUP_ROWS, HEAD_DIM_PAD])
+    if PING_PONG and CONSUMER == CONSUMERS - 1:
+        give_turn(FIRST_TURN + 0, TURN_THREADS)
+    mbarrier.wait(tiles.full.index(t_slot), t_phase)
+    while tile_field(tiles, t_slot, 0) >= 0:
+        first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+        head, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
+        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
+        span = announced_span(tiles, t_slot, work, PACKED)
+        full_begin, full_end = full_blocks(first_row, span, window, BLOCK_N)
+        slope = load_slope(score, batch, head)
+        mbarrier.wait(q_ring.full.index(CONSUMER), q_phase)
+        q_phase ^= 1
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        tile = warpgroup_mma_wait(0, deps=(tile,))
+        mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
+        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+        masked = (end - 1 < full_begin) | (end - 1 >= full_end)
+        tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
+        weights = gl.convert_layout(p.to(dtype), operand)
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=end - begin > 1)
+        acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
+            q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
+            end - 1, full_begin, full_end, False, span, window, score, slope, unit,
+            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG,
+        )  # fmt: skip
+        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        inverse_sum, lse = finish(row_max, row_sums, unit)
+        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
+        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
+        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+        store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
+                   HEAD_DIM_PAD, PACKED)  # fmt: skip
+        tma.store_wait(0)
+        mbarrier.arrive(q_ring.empty.index(CONSUMER), count=1)
+    if PING_PONG and CONSUMER == 0:
+        await_turn(FIRST_TURN + 0, TURN_THREADS)
+
+
+@gluon.jit
+def attend_partition(
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """One consumer."""
+    if OVERLAP:
+        attend_overlapped(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                          CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG, PACKED)  # fmt: skip
+    else:
+        attend_serially(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                        CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG, PACKED)  # fmt: skip
+
+
+@gluon.jit
+def allocate_ring(descriptor, DEPTH: gl.constexpr, READERS: gl.constexpr):
+    """A ring of DEPTH tiles of a tensor map, each released by READERS arrivals."""
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + descriptor.block_type.shape, descriptor.layout)
+    return Ring(buffers, allocate_barriers(DEPTH, 1), allocate_barriers(DEPTH, READERS))
+
+
+SIZES = [
+    "num_tiles", "num_m", "heads_together", "nheads", "group", "seqlen_q", "seqlen_k", "total_q", "total_k",
+    "window_left", "window_right",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def attn_fwd_kernel(
+    q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, counter,
+    num_tiles, num_m, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right,
+    HEAD_DIM_PAD: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
+    Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
+    work = Work(counter, num_tiles, num_m, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
+    window = Window(window_left, window_right)
+    q_ring = allocate_ring(q_desc, Q_STAGES * CONSUMERS, 1)
+    k_ring = allocate_ring(k_desc, STAGES, CONSUMERS)
+    v_ring = allocate_ring(v_desc, STAGES, CONSUMERS)
+    numbers = gl.allocate_shared_memory(gl.int32, [TILE_STAGES * TILE_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tiles = Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS))
+    if OVERLAP:
+        o_buffers = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
+    else:
+        o_buffers = q_ring.buffers
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
+                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
+                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

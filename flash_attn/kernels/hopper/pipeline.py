@@ -1,0 +1,118 @@
+"""What the Hopper kernels share: rings of tiles in shared memory, the tile schedule, layouts; and all that Gluon's releases change.
+
+A ring is a few buffers in shared memory with two barriers each: `full` (its bytes have landed) and `empty` (every reader is
+done). Producer and readers keep (index, phase) of their place in it; the phase flips when the index wraps.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait"]
+
+WARPGROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup's tensor-core product
+RAGGED_ORIGIN = gl.constexpr(1 << 30)
+
+
+class Ring(NamedTuple):
+    """Buffers of one kind and their barriers, (depth, ...) each."""
+
+    buffers: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers in shared memory that each wait for ARRIVALS."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def advance(index, phase, DEPTH: gl.constexpr):
+    """The next place in a ring."""
+    index += 1
+    if index == DEPTH:
+        index = 0
+        phase ^= 1
+    return index, phase
+
+
+@gluon.jit
+def row_coordinates(span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
+    """Coordinates of rows first, first + 1, ... of one sequence in the tensor map of an operand.
+
+    Dense tensors have a map of (batch, sequence, head, dim). A packed batch has a ragged one of five dimensions, in which
+    the end of the sequence coincides with the end of the map: rows past it read as zero and are not written.
+    """
+    if PACKED:
+        coordinates = [RAGGED_ORIGIN, span_start + seqlen, RAGGED_ORIGIN - seqlen + first, head, 0]
+    else:
+        coordinates = [batch, first, head, 0]
+    return coordinates
+
+
+@gluon.jit
+def load_tile(descriptor, coordinates, barrier, buffer):
+    """Start the copy of one tile; `barrier` completes when its bytes have landed. Parts outside the tensor are zero."""
+    mbarrier.expect(barrier, descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, coordinates, barrier, buffer)
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """Registers of one warpgroup's (64, columns) product: a thread holds rows r and r + 8, pairs of columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def partial_layout():
+    """(64, 8) partial row sums in the registers of the accumulator's threads: 4 lanes of 2 columns per row."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]],
+        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 8],
+    )
+
+
+@gluon.jit
+def along_rows(x, layout: gl.constexpr):
+    """A vector with one value a row as a column that broadcasts over a tile of the given layout; moves no data."""
+    return gl.convert_layout(x, gl.SliceLayout(1, layout))[:, None]
+
+
+@gluon.constexpr_function
+def _named_barrier(operation, threads):
+    return f"{operation} $1, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def await_turn(barrier, THREADS: gl.constexpr):
+    """Wait at a hardware barrier until all of its THREADS have arrived or wait. Ids 8 to 15 are not used by Triton."""
+    gl.inline_asm_elementwise(
+        _named_barrier("bar.sync", THREADS), "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def give_turn(barrier, THREADS: gl.constexpr):
+    """Arrive at a hardware barrier without waiting."""
+    gl.inline_asm_elementwise(
+        _named_barrier("bar.arrive", THREADS), "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+FIRST_TURN = gl.constexpr(8)  # barrier of the first consumer's turn on the tensor cores
