@@ -44,6 +44,7 @@ class AttentionProblem(NamedTuple):
     seqused_k: bool = False
     leftpad_k: bool = False
     deterministic: bool = False
+    aligned: bool = False  # see `copied_in_tiles`
 
     @property
     def causal(self) -> bool:
@@ -155,8 +156,17 @@ def describe(
         seqused_k=seqused_k is not None,
         leftpad_k=leftpad_k is not None,
         deterministic=deterministic,
+        aligned=copied_in_tiles(q) and copied_in_tiles(k) and copied_in_tiles(v),
     )
     return problem, seqlen_q, seqlen_k
+
+
+def copied_in_tiles(x: Tensor) -> bool:
+    """Whether hardware that copies tiles can read x: rows, strides and address multiples of 16 bytes, no repeated elements."""
+    if x.numel() == 0 or x.data_ptr() % 16 or x.shape[-1] * x.element_size() % 16:
+        return False
+    sizes = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return all(size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0) for size, stride in sizes)
 
 
 def check_gradients(

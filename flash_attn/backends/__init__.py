@@ -23,6 +23,7 @@ from flash_attn.problem import AttentionProblem
 ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_BACKEND"
 
 MODULES = {
+    "hopper": "flash_attn.backends.hopper",
     "portable": "flash_attn.backends.portable",
     "cpu": "flash_attn.backends.cpu",
     "flaggems": "flash_attn.backends.flaggems",
@@ -71,7 +72,8 @@ def select_backend(problem: AttentionProblem, hardware: Hardware) -> Backend:
 @functools.lru_cache(maxsize=4096)
 def choose_backend(problem: AttentionProblem, hardware: Hardware, requested: str | None) -> Backend:
     """As `select_backend`, with regard to what was asked for elsewhere: autograd's threads do not see the caller's scope."""
-    return _first_able(problem, hardware, [_checked(requested)] if requested else automatic_order(hardware), requested)
+    names = [_checked(requested)] if requested else _suitable(problem, hardware)
+    return _first_able(problem, hardware, names, requested)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,7 +81,7 @@ def choose_backward_backend(problem: AttentionProblem, hardware: Hardware, reque
     """As `choose_backend` for gradients: a backend that computes none is replaced by the first that does."""
     if requested and forward_only(requested) is None:
         return choose_backend(problem, hardware, requested)
-    order = automatic_order(hardware)
+    order = _suitable(problem, hardware)
     chosen = _first_able(problem, hardware, [name for name in order if forward_only(name) is None], None)
     asked = requested or order[0]
     if requested or (forward_only(asked) and load(asked).unsupported(problem, hardware) is None):
@@ -92,6 +94,12 @@ def automatic_order(hardware: Hardware) -> list[str]:
     if hardware.kind in ("cuda", "hip", "cpu"):
         return [name for name in MODULES if name != "flaggems"]
     return sorted(MODULES, key=lambda name: name != "flaggems")
+
+
+def _suitable(problem: AttentionProblem, hardware: Hardware) -> list[str]:
+    """The backends of `automatic_order` without those for which the problem is too small to be worthwhile."""
+    worth = {name: getattr(load(name), "worthwhile", None) for name in automatic_order(hardware)}
+    return [name for name, worthwhile in worth.items() if worthwhile is None or worthwhile(problem)]
 
 
 def forward_only(name: str) -> str | None:
@@ -125,7 +133,7 @@ def explain(problem: AttentionProblem, hardware: Hardware) -> dict[str, str]:
     A backend that computes no gradients adds who does, and why.
     """
     refusals = {name: load(name).unsupported(problem, hardware) for name in MODULES}
-    chosen = next((name for name in automatic_order(hardware) if refusals[name] is None), None)
+    chosen = next((name for name in _suitable(problem, hardware) if refusals[name] is None), None)
     return {
         name: ("runs it" if name == chosen else "could run it") + _gradients_by(name, problem, hardware)
         if reason is None

@@ -64,7 +64,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """Five members; a backend says no in a sentence.
 
-    One that computes no gradients has a sixth, `forward_only: str`, which says why.
+    One that computes no gradients has a sixth, `forward_only: str`, which says why; one that small problems are too small for
+    has `worthwhile(problem) -> bool`, which the automatic choice asks.
     """
 
     name: str

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from flash_attn import hardware as devices
 from flash_attn.backends import tensor_maps
-from flash_attn.backends.base import ForwardResult, Operands, statistic_strides
+from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
+from flash_attn.backends.fixed_arguments import fixed_arguments, optional_tensors, statistic_strides
 from flash_attn.backends.launcher import Launcher
+from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward_config
 from flash_attn.problem import AttentionProblem
@@ -30,6 +32,8 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return f"computes fp16 and bf16, not {problem.dtype}"
     if problem.layout == "paged":
         return "reads keys through tensor maps, which cannot follow a block table"
+    if problem.layout in ("cache", "paged_cache"):
+        return "has no kernels that write a cache"
     if problem.dropout:
         return "has no dropout"
     if not problem.aligned:
@@ -77,24 +81,27 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     with device_guard(q.device):
-        launch(
-            q,
-            operands.k,
-            operands.v,
-            out,
-            softmax_lse,
-            operands.cu_seqlens_q,
-            operands.cu_seqlens_k,
-            operands.seqused_k,
-            operands.leftpad_k,
-            operands.alibi_slopes,
-            tile_counter(q.device),
-        )
+        launch(q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), tile_counter(q.device))
     return ForwardResult(out, softmax_lse, None)
 
 
-def backward(*_: Any) -> Tensor:
-    raise NotImplementedError(forward_only)
+def backward(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+) -> Tensor:
+    """Not computed here: the table of backends takes the next one that can."""
+    raise UnsupportedProblem(f"backend {name!r} computes no gradients", {name: forward_only})
+
+
+def attend_cache(
+    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+) -> ForwardResult:
+    """Not computed here; `unsupported` refuses caches."""
+    raise UnsupportedProblem(f"backend {name!r} serves no cache", {name: "has no kernels that write a cache"})
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -120,41 +127,34 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.hopper.forward import attn_fwd_kernel
 
-    q, k, v, slopes = operands.q, operands.k, operands.v, operands.alibi_slopes
+    q, k, v = operands.q, operands.k, operands.v
     config = hopper_forward_config(problem)
     pad = head_dim_pad(problem.headdim)
-    nheads, group = q.shape[-2], q.shape[-2] // k.shape[-2]
-    batch_size = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
+    fixed = fixed_arguments(operands)
+    nheads = q.shape[-2]
     num_m = math.ceil(operands.max_seqlen_q / (config.consumers * CONSUMER_ROWS))
-    num_tiles = num_m * batch_size * nheads
-    maps = [_map(x, rows, pad) for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n))]
-    maps.append(_map(out, CONSUMER_ROWS, pad))
-    lse_strides = statistic_strides(softmax_lse)
-    scale = max(abs(operands.softmax_scale), SMALLEST_SCALE)
-    softcap = operands.softcap if operands.softcap > 0.0 else None
-    slope_stride = None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0)
-    negative = 1 if operands.softmax_scale < 0.0 else None
-    numbers = (
-        num_tiles,
-        num_m,
-        math.gcd(config.heads_together, batch_size * nheads),
-        nheads,
-        group,
-        operands.max_seqlen_q,
-        operands.max_seqlen_k,
-        q.shape[0] if q.dim() == 3 else q.shape[1],
-        k.shape[0] if k.dim() == 3 else k.shape[1],
-        *operands.window,
+    num_tiles = num_m * fixed.batch_size * nheads
+    heads_together = math.gcd(config.heads_together, fixed.batch_size * nheads)
+    q_map, k_map, v_map, out_map = (
+        tensor_maps.hopper(x, rows, pad)
+        for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
     )
+    lse_strides = statistic_strides(softmax_lse)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
-            *[describe(address) for describe, address in zip(maps, p, strict=False)],
+            q_map(p[0]),
+            k_map(p[1]),
+            v_map(p[2]),
+            out_map(p[3]),
             (p[4], *lse_strides),
-            (p[5], p[6], p[7], p[8]),
-            (scale, softcap, p[9], slope_stride, None, negative),
-            p[10],
-            *numbers,
+            (p[5], p[6], p[7], p[8], None),
+            (fixed.scale, fixed.softcap, p[9], *fixed.score_rest),
+            p[11],
+            num_tiles,
+            num_m,
+            heads_together,
+            *fixed.lengths,
         )
 
     constants = {
@@ -169,19 +169,3 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0
     kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Score)
     return Launcher(attn_fwd_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
-
-
-SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
-
-
-def _map(x: Tensor, rows: int, pad: int) -> Any:
-    """A function from a tensor like x, or its address, to the map of its (rows, pad) tiles."""
-    shape, strides = tensor_maps.extent(x)
-    block = [1] * (len(shape) - 3) + [rows, 1, pad]
-
-    def describe(operand: Any) -> Any:
-        if isinstance(operand, int):
-            return tensor_maps.TensorMap(operand, shape, strides)
-        return tensor_maps.gluon_descriptor(operand, block, shape, strides)
-
-    return describe

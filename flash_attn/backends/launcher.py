@@ -19,8 +19,8 @@ ALIGNMENT = 16  # bytes; Triton compiles separately for pointers that are multip
 class Launcher:
     """A kernel bound to everything but its tensors and the numbers that vary from call to call.
 
-    `build(addresses, tensors)` returns the kernel's positional arguments as plain tuples and numbers, where `addresses` holds
-    the tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
+    `build(addresses)` returns the kernel's positional arguments as plain tuples and numbers, where `addresses` holds the
+    tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
     NamedTuple of each leading argument, which Triton's dispatch needs and a compiled kernel does not; None for the others.
     `numbers` follow those arguments; the kernel must not specialise on them.
     """
@@ -29,7 +29,7 @@ class Launcher:
         self,
         kernel: Any,
         num_programs: int,
-        build: Callable[[Sequence[Any], Sequence[Tensor | None]], tuple[Any, ...]],
+        build: Callable[[Sequence[Any]], tuple[Any, ...]],
         kinds: Sequence[Any],
         constants: dict[str, Any],
         options: dict[str, Any],
@@ -69,14 +69,14 @@ class Launcher:
             None,
             None,
             None,
-            *self.build(addresses, tensors),
+            *self.build(addresses),
             *numbers,
             *self.constant_values,
         )
 
     def _dispatch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
-        arguments = list(self.build(tensors, tensors))
+        arguments = list(self.build(tensors))
         for index, kind in enumerate(self.kinds):
             if kind is not None and arguments[index] is not None:
                 arguments[index] = kind(*arguments[index])

@@ -7,13 +7,20 @@ the operands' `memo`, and reused.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attn import random_bits
+from flash_attn.backends import tensor_maps
 from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
+from flash_attn.backends.fixed_arguments import (
+    fixed_arguments,
+    optional_tensors,
+    page_numbers,
+    statistic_strides,
+    strides,
+)
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
@@ -23,8 +30,6 @@ from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pa
 from flash_attn.problem import AttentionProblem
 
 name = "portable"
-
-SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
 
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -137,20 +142,21 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     config = forward_config(problem, hardware, tma)
     config = config._replace(num_stages=pipeline_stages(config.num_stages, operands.block_table is not None))
     tma = tma and config.tma
+    k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
     batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))
     lse_strides = statistic_strides(softmax_lse)
     pages, appended = page_numbers(operands, config.block_n), operands.appended or None
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
             (p[0], *q_strides),
             (p[1], *k_strides),
             (p[2], *v_strides),
             (p[3], *out_strides),
             (p[4], *lse_strides),
-            _descriptor(t[1], config.block_n) if tma else None,
-            _descriptor(t[2], config.block_n) if tma else None,
+            k_map(p[1]) if tma else None,
+            v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
             (scale, softcap, p[9], *score_rest),
@@ -183,11 +189,12 @@ def bind_dq(
     tma = _descriptors_fit(problem, hardware, k, v)
     config = dq_config(problem, hardware, tma)
     tma = tma and config.tma
+    k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
     batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(strides, (q, k, v, out, dout, dq))
     row_strides = statistic_strides(softmax_lse)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
             (p[0], *q_strides),
             (p[1], *k_strides),
@@ -198,8 +205,8 @@ def bind_dq(
             (p[6], *row_strides),
             (p[7], *row_strides),
             (p[8], *row_strides),
-            _descriptor(t[1], config.block_n) if tma else None,
-            _descriptor(t[2], config.block_n) if tma else None,
+            k_map(p[1]) if tma else None,
+            v_map(p[2]) if tma else None,
             (p[9], p[10], p[11], p[12], None),
             (scale, softcap, p[13], *score_rest),
             (p[14], *dropout),
@@ -227,8 +234,9 @@ def bind_dkdv(
 
     def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
         tma = fit and config.tma
+        q_map, dout_map = (tensor_maps.portable(x, config.block_m, head_dim_pad(problem.headdim)) for x in (q, dout))
 
-        def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+        def build(p: Sequence[Any]) -> tuple[Any, ...]:
             return (
                 (p[0], *q_strides),
                 (p[1], *k_strides),
@@ -238,8 +246,8 @@ def bind_dkdv(
                 (p[5], *dv_strides) if with_dv else None,
                 (p[6], *row_strides),
                 (p[7], *row_strides),
-                _descriptor(t[0], config.block_m) if tma else None,
-                _descriptor(t[3], config.block_m) if tma else None,
+                q_map(p[0]) if tma else None,
+                dout_map(p[3]) if tma else None,
                 (p[8], p[9], p[10], p[11], None),
                 (scale, softcap, p[12], *score_rest),
                 (p[13], *dropout),
@@ -270,7 +278,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     q_strides, k_strides, score_strides = strides(q), strides(k), scores.stride()[:3]
     pages = page_numbers(operands, block)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
             (p[0], *q_strides),
             (p[1], *k_strides),
@@ -299,81 +307,6 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     return scores
 
 
-class FixedArguments(NamedTuple):
-    """The kernel arguments that stay the same from call to call, without the pointers that some of them lead with."""
-
-    batch_size: int
-    scale: float  # Score's fields: scale, softcap, (slopes), ...
-    softcap: float | None
-    score_rest: tuple[Any, ...]  # slope stride, exact, negative
-    dropout: tuple[Any, ...]  # Dropout's fields after the pointer
-    lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
-
-
-def fixed_arguments(operands: Operands) -> FixedArguments:
-    q, k, slopes = operands.q, operands.k, operands.alibi_slopes
-    nheads = q.shape[-2]
-    total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
-    if operands.block_table is not None:
-        total_k = operands.block_table.shape[1] * k.shape[1]
-    dropout_p = operands.dropout_p
-    return FixedArguments(
-        batch_size=q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1,
-        scale=max(abs(operands.softmax_scale), SMALLEST_SCALE),
-        softcap=operands.softcap if operands.softcap > 0.0 else None,
-        score_rest=(
-            None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
-            1 if q.dtype == torch.float32 else None,
-            1 if operands.softmax_scale < 0.0 else None,
-        ),
-        dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
-        lengths=(
-            operands.max_seqlen_q,
-            operands.max_seqlen_k,
-            q.shape[0] if q.dim() == 3 else q.shape[1],
-            total_k,
-            *operands.window,
-            nheads,
-            nheads // k.shape[-2],
-        ),
-    )
-
-
-def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
-    return (
-        operands.cu_seqlens_q,
-        operands.cu_seqlens_k,
-        operands.seqused_k,
-        operands.leftpad_k,
-        operands.alibi_slopes,
-        operands.rng_state,
-    )
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, sequence, head) strides; packed batches have no batch stride."""
-    if x.dim() == 3:
-        stride_s, stride_h, _ = x.stride()
-        return 0, stride_s, stride_h
-    return x.stride()[:3]  # type: ignore[return-value]
-
-
-def statistic_strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, sequence, head) strides of softmax_lse and its like, contiguous along the sequence."""
-    return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
-
-
-def page_numbers(operands: Operands, block_n: int) -> tuple[int | None, ...]:
-    """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, ..."""
-    table = operands.block_table
-    if table is None:
-        return (None,) * 6
-    num_pages, page_size = operands.k.shape[:2]
-    shift = page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None
-    whole = table.shape[1] == 1 or (operands.leftpad_k is None and page_size % block_n == 0)
-    return table.stride(0), table.shape[1], page_size, num_pages, shift, 1 if whole else None
-
-
 def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the kernel's constexprs, Triton's launch options)."""
     constants = {
@@ -388,16 +321,5 @@ def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> 
 
 
 def _descriptors_fit(problem: AttentionProblem, hardware: Hardware, *looped: Tensor) -> bool:
-    """Whether tensor descriptors pay for the problem and can read these operands: 16-byte aligned, no repeated rows."""
-    return worth_descriptors(problem, hardware) and all(x.numel() > 0 and _aligned(x) for x in looped)
-
-
-def _aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-
-
-def _descriptor(x: Tensor, block: int) -> Any:
-    """A 4-D tensor descriptor of (1, block, 1, head dim) tiles; reads past a sequence give zeros."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, head_dim_pad(x.shape[-1])])
+    """Whether tensor descriptors pay for the problem and can read these operands."""
+    return worth_descriptors(problem, hardware) and all(x.numel() > 0 and tensor_maps.regular(x) for x in looped)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash_attn.backends import portable
 from flash_attn.backends.base import Append, ForwardResult, Operands
+from flash_attn.backends.fixed_arguments import fixed_arguments, page_numbers, strides
 from flash_attn.backends.launcher import Launcher
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import (
@@ -83,13 +84,13 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     batch_size, seqlen_q, nheads, headdim = operands.q.shape
     seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
     tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
-    q_strides, k_strides, v_strides, rotated_strides, k_cache_strides, v_cache_strides = map(portable.strides, tensors)
-    *pages, _whole = portable.page_numbers(operands, APPEND_ROWS)
+    q_strides, k_strides, v_strides, rotated_strides, k_cache_strides, v_cache_strides = map(strides, tensors)
+    *pages, _whole = page_numbers(operands, APPEND_ROWS)
     cos = append.rotary_cos
     angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
     numbers = (seqlen_q, seqlen_new, operands.max_seqlen_k, nheads, nheads_k, *pages)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
             (p[0], *q_strides),
             (p[1], *k_strides),
@@ -169,17 +170,17 @@ def bind_decode(
 
     q = operands.q
     config = decode_config(problem, hardware)
-    fixed = portable.fixed_arguments(operands)
+    fixed = fixed_arguments(operands)
     group = q.shape[2] // operands.k.shape[2]
     scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
-    q_strides, k_strides, v_strides = map(portable.strides, (q, operands.k, operands.v))
+    q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))
     out_strides = result_strides(q)
-    *pages, whole = portable.page_numbers(operands, config.block_n)
+    *pages, whole = page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
     numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, *pages)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
             (p[0], *q_strides),
             (p[1], *k_strides),
@@ -214,7 +215,7 @@ def bind_decode(
 
 def result_strides(q: Tensor) -> tuple[int, int, int]:
     """(batch, sequence, head) strides of the out that a call will allocate."""
-    return portable.strides(torch.empty_like(q, device="meta"))
+    return strides(torch.empty_like(q, device="meta"))
 
 
 def bind_merge(q: Tensor, num_splits: int) -> Launcher:
@@ -225,7 +226,7 @@ def bind_merge(q: Tensor, num_splits: int) -> Launcher:
     batch_size, seqlen_q, nheads, headdim = q.shape
     out_strides = result_strides(q)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return p[0], p[1], (p[2], *out_strides), p[3], seqlen_q, nheads, num_splits
 
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}

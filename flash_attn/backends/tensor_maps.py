@@ -4,7 +4,7 @@ The first launch of a kernel needs Triton's own descriptor, whose construction c
 compiled kernel's launcher reads five attributes of it, which `TensorMap` has; the checks hold for the plan that owns it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,19 +35,49 @@ class TensorMap:
         return self.address
 
 
-def extent(x: Tensor) -> tuple[list[int], list[int]]:
-    """(shape, strides) of the map of an operand: four dimensions as they are, or five that end at any row.
+Describe = Callable[[Any], Any]  # from a tensor, or its address, to what a launch takes for it
 
-    A packed (total, heads, dim) operand gets a ragged map. Its first three dimensions address the same rows twice: the
+
+def portable(x: Tensor, rows: int, pad: int) -> Describe:
+    """Maps of the (1, rows, 1, pad) tiles of operands like x, for Triton kernels; reads past a sequence give zeros."""
+    shape, strides = list(x.shape), list(x.stride())
+
+    def describe(operand: Any) -> Any:
+        if isinstance(operand, int):
+            return TensorMap(operand, shape, strides)
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(operand, shape, strides, [1, rows, 1, pad])
+
+    return describe
+
+
+def hopper(x: Tensor, rows: int, pad: int) -> Describe:
+    """Maps of the (rows, pad) tiles of operands like x, for Gluon kernels; 128-byte swizzled in shared memory.
+
+    A packed (total, heads, dim) operand gets a ragged map of five dimensions, of which three address the same rows twice: the
     coordinates (RAGGED_ORIGIN, end, RAGGED_ORIGIN - length + row) reach row `row` of the sequence that ends before token `end`,
     and rows past its end are out of bounds, because the third dimension ends at RAGGED_ORIGIN.
     """
     if x.dim() == 4:
-        return list(x.shape), [_stride(x, dim) for dim in range(4)]
-    tokens, heads, headdim = x.shape
-    stride = _stride(x, 0)
-    shape = [RAGGED_BOUND, RAGGED_BOUND, RAGGED_ORIGIN, heads, headdim]
-    return shape, [WRAP - stride, stride, stride, _stride(x, 1), 1]
+        shape, strides = list(x.shape), [_stride(x, dim) for dim in range(4)]
+    else:
+        _tokens, heads, headdim = x.shape
+        stride = _stride(x, 0)
+        shape = [RAGGED_BOUND, RAGGED_BOUND, RAGGED_ORIGIN, heads, headdim]
+        strides = [WRAP - stride, stride, stride, _stride(x, 1), 1]
+    block = [1] * (len(shape) - 3) + [rows, 1, pad]
+
+    def describe(operand: Any) -> Any:
+        if isinstance(operand, int):
+            return TensorMap(operand, shape, strides)
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        layout = NVMMASharedLayout(128, 8 * operand.element_size(), rank=len(shape))
+        return TensorDescriptor(operand, shape, strides, block, layout)
+
+    return describe
 
 
 def _stride(x: Tensor, dim: int) -> int:
@@ -57,20 +87,6 @@ def _stride(x: Tensor, dim: int) -> int:
     return x.stride(dim) if x.shape[dim] > 1 else x.shape[-1]
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the hardware can copy tiles of an operand: 16-byte aligned, contiguous rows, no repeated elements."""
-    if x.numel() == 0 or x.data_ptr() % 16 or x.shape[-1] * x.element_size() % 16:
-        return False
-    return all(
-        size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    )
-
-
-def gluon_descriptor(x: Tensor, block: Sequence[int], shape: list[int], strides: list[int]) -> Any:
-    """Gluon's own descriptor of 128-byte swizzled tiles, for the launch that compiles."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = NVMMASharedLayout(128, 8 * x.element_size(), rank=len(shape))
-    return TensorDescriptor(x, shape, strides, list(block), layout)
+def regular(x: Tensor) -> bool:
+    """Whether address and strides of an operand are multiples of 16 bytes, and no element repeats."""
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])

@@ -102,8 +102,8 @@ def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
 
 INTERPRETER = DecodeConfig(16, 4, 1, 1)
 
-# H200, 2026-11-22, benchmarks/tune_decode.py: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs of 104 KB hold 192 KB, and as
-# no third one fits beside them, `split_count` knows how many run at the same time
+# H200, bf16, 2026-11-22, benchmarks/tune_decode.py: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs
+# of 104 KB hold 192 KB, and as no third one fits beside them, `split_count` knows how many run at the same time
 HOPPER = {
     16: DecodeConfig(128, 4, 4, 4),
     32: DecodeConfig(128, 4, 4, 4),

@@ -40,7 +40,7 @@ def recorder(monkeypatch):
 
 
 def make(recorder, num_programs=3):
-    def build(addresses, tensors):
+    def build(addresses):
         return (addresses[0], 7), addresses[1], 5
 
     return launcher.Launcher(recorder, num_programs, build, (Pair, None), {"BLOCK": 64}, {"num_warps": 4})

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: rings of tiles in shared memory, the tile schedule, layouts; and all that Gluon's releases change.
+"""What the Hopper kernels share: rings of tiles in shared memory, layouts, turns; and all that Gluon's releases change.
 
 A ring is a few buffers in shared memory with two barriers each: `full` (its bytes have landed) and `empty` (every reader is
 done). Producer and readers keep (index, phase) of their place in it; the phase flips when the index wraps.

@@ -245,7 +245,7 @@ def _bind(x: Tensor, out: Tensor, turn: Turn, inplace: bool) -> Launcher:
     cos_stride, sin_stride = (contiguous_last(table).stride(0) for table in (turn.cos, turn.sin))
     lengths = (seqlen, tokens, batch_size, nheads, nheads_rotated)
 
-    def build(p: Sequence[Any], t: Sequence[Any]) -> tuple[Any, ...]:
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (p[0], *x_strides), (p[1], *out_strides), p[2], p[3], cos_stride, sin_stride, p[4], p[5], *lengths
 
     config = rotary_config(max(2 * half_pad, tail_pad), tokens, nheads, hardware.of(x.device))

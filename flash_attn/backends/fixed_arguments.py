@@ -1,0 +1,86 @@
+"""Kernel arguments that follow from the shapes, strides and options of a call; without the pointers that some lead with."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn import random_bits
+from flash_attn.backends.base import Operands
+
+SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
+
+
+class FixedArguments(NamedTuple):
+    """What most kernels take."""
+
+    batch_size: int
+    scale: float  # Score's fields: scale, softcap, (slopes), ...
+    softcap: float | None
+    score_rest: tuple[Any, ...]  # slope stride, exact, negative
+    dropout: tuple[Any, ...]  # Dropout's fields after the pointer
+    lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
+
+
+def fixed_arguments(operands: Operands) -> FixedArguments:
+    q, k, slopes = operands.q, operands.k, operands.alibi_slopes
+    nheads = q.shape[-2]
+    total_k = k.shape[0] if k.dim() == 3 else k.shape[1]
+    if operands.block_table is not None:
+        total_k = operands.block_table.shape[1] * k.shape[1]
+    dropout_p = operands.dropout_p
+    return FixedArguments(
+        batch_size=q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1,
+        scale=max(abs(operands.softmax_scale), SMALLEST_SCALE),
+        softcap=operands.softcap if operands.softcap > 0.0 else None,
+        score_rest=(
+            None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
+            1 if q.dtype == torch.float32 else None,
+            1 if operands.softmax_scale < 0.0 else None,
+        ),
+        dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
+        lengths=(
+            operands.max_seqlen_q,
+            operands.max_seqlen_k,
+            q.shape[0] if q.dim() == 3 else q.shape[1],
+            total_k,
+            *operands.window,
+            nheads,
+            nheads // k.shape[-2],
+        ),
+    )
+
+
+def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
+    return (
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_k,
+        operands.seqused_k,
+        operands.leftpad_k,
+        operands.alibi_slopes,
+        operands.rng_state,
+    )
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides; packed batches have no batch stride."""
+    if x.dim() == 3:
+        stride_s, stride_h, _ = x.stride()
+        return 0, stride_s, stride_h
+    return x.stride()[:3]  # type: ignore[return-value]
+
+
+def statistic_strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides of softmax_lse and its like, contiguous along the sequence."""
+    return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
+
+
+def page_numbers(operands: Operands, block_n: int) -> tuple[int | None, ...]:
+    """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, ..."""
+    table = operands.block_table
+    if table is None:
+        return (None,) * 6
+    num_pages, page_size = operands.k.shape[:2]
+    shift = page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None
+    whole = table.shape[1] == 1 or (operands.leftpad_k is None and page_size % block_n == 0)
+    return table.stride(0), table.shape[1], page_size, num_pages, shift, 1 if whole else None
