@@ -239,10 +239,25 @@ class PagedKVCache(PageTable):
             lengths = (step.cu_seqlens_q, step.cu_seqlens_k, step.block_table)
             out, lse = attend_packed(q, self.k[layer], self.v[layer], words, alibi_slopes, False, *lengths)[:2]
         else:
-            places = (step.cache_seqlens, None, None, step.block_table)
-            options = (softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits)
             out, lse = attend_with_cache(
-                q, self.k[layer], self.v[layer], k, v, rotary_cos, rotary_sin, *places, *options
+                q,
+                self.k[layer],
+                self.v[layer],
+                k,
+                v,
+                rotary_cos,
+                rotary_sin,
+                step.cache_seqlens,
+                None,
+                None,
+                step.block_table,
+                softmax_scale,
+                causal,
+                window_size,
+                softcap,
+                rotary_interleaved,
+                alibi_slopes,
+                num_splits,
             )
         return (out, lse) if return_softmax_lse else out
 
