@@ -194,9 +194,11 @@ def bind_decode(
             *numbers,
         )
 
+    # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
+    parts = num_splits > 1 or fixed_blocks is not None
     rows = block_m(operands.max_seqlen_q * group)
     constants = {
-        "PARTS": num_splits > 1,
+        "PARTS": parts,
         "WHOLE_BLOCKS": whole,
         "GROUP": group,
         "HEAD_DIM": problem.headdim,
@@ -210,7 +212,7 @@ def bind_decode(
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
-    return Decode(num_splits, split, bind_merge(q, num_splits) if num_splits > 1 else None)
+    return Decode(num_splits, split, bind_merge(q, num_splits) if parts else None)
 
 
 def result_strides(q: Tensor) -> tuple[int, int, int]:
