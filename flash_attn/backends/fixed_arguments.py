@@ -1,5 +1,7 @@
-"""Kernel arguments that follow from the shapes, strides and options of a call; without the pointers that some lead with."""
+"""Kernel arguments that follow from the shapes, strides and options of a call, without the pointers that some lead with; and
+the tensors that a forward writes."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,18 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
             nheads // k.shape[-2],
         ),
     )
+
+
+def empty_results(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Memory for (out, softmax_lse); 0 and -inf where `zero_tensors` asks for it, or no launch will write."""
+    q = operands.q
+    out = torch.empty_like(q)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    softmax_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if operands.zero_tensors or operands.max_seqlen_q == 0:
+        out.zero_()
+        softmax_lse.fill_(-math.inf)
+    return out, softmax_lse
 
 
 def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:

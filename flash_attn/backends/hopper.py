@@ -11,7 +11,7 @@ from torch import Tensor
 from flash_attn import hardware as devices
 from flash_attn.backends import tensor_maps
 from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
-from flash_attn.backends.fixed_arguments import fixed_arguments, optional_tensors, statistic_strides
+from flash_attn.backends.fixed_arguments import empty_results, fixed_arguments, optional_tensors, statistic_strides
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
@@ -70,12 +70,7 @@ def worthwhile(problem: AttentionProblem) -> bool:
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch."""
     q = operands.q
-    out = torch.empty_like(q)
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    softmax_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if operands.zero_tensors or operands.max_seqlen_q == 0:
-        out.zero_()
-        softmax_lse.fill_(-math.inf)
+    out, softmax_lse = empty_results(operands)
     memo = {} if operands.memo is None else operands.memo
     launch = memo.get("forward")
     if launch is None:
