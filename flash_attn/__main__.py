@@ -85,7 +85,7 @@ def print_backends(device: torch.device) -> None:
     item("asked for", requested or f"none, so the first that can; {backends.ENVIRONMENT_VARIABLE} asks for one")
     refusals: dict[str, dict[str, list[str]]] = {}
     for label, problem in PROBLEMS.items():
-        verdicts = backends.explain(problem, hardware.of(device))
+        verdicts = backends.explain(problem._replace(aligned=True), hardware.of(device))
         able = [name for name, verdict in verdicts.items() if backends.able(verdict)]
         able.sort(key=lambda name: not verdicts[name].startswith("runs it"))
         others = f" ({', '.join(able[1:])} could)" if able[1:] else ""

@@ -11,7 +11,14 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from flash_attn.kernels.algebra.arguments import Window  # noqa: E402
-from flash_attn.kernels.algebra.interval import block_bounds, key_interval, query_interval, visible  # noqa: E402
+from flash_attn.kernels.algebra.interval import (  # noqa: E402
+    block_bounds,
+    hide,
+    key_blocks,
+    key_interval,
+    query_interval,
+    visible,
+)
 from flash_attn.kernels.algebra.span import Span  # noqa: E402
 from flash_attn.kernels.portable.backward import query_block_bounds  # noqa: E402
 from flash_attn.kernels.portable.forward import key_block_bounds  # noqa: E402
@@ -83,6 +90,70 @@ def test_keys_past_the_end_are_hidden(has_left, has_right):
     out = torch.empty(3, size, dtype=torch.int8)
     interval_kernel[(1,)](*fields, out, N=size, HAS_LEFT=has_left, HAS_RIGHT=has_right)
     assert not out[0].any() and not out[2].any()
+
+
+@triton.jit
+def hide_kernel(
+    scores, out, first_row, first_col, seqlen_q, seqlen_k, left, right,
+    N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, N)
+    offsets = i[:, None] * N + i[None, :]
+    rows, tile = first_row + i, tl.load(scores + offsets)
+    window = Window(left if HAS_LEFT else None, right if HAS_RIGHT else None)
+    span = Span(0, 0, seqlen_q, seqlen_k)
+    lo, hi = key_interval(rows, span, window)
+    tl.store(out + offsets, hide(tile, i[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window))
+    seen = visible(rows[:, None], first_col + i[None, :], span, window)
+    tl.store(out + N * N + offsets, tl.where(seen, tile, float("-inf")))
+
+
+@pytest.mark.parametrize("has_left, has_right", PATTERNS)
+def test_hiding_is_visibility(has_left, has_right, seed):
+    """A tile anywhere, of which keys are counted from its first column."""
+    scores = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+    tiles = itertools.product((0, 5, 16), (0, 8, 16), ((24, 24), (13, 24), (24, 13), (3, 0)), (0, 3), (0, 6))
+    for first_row, first_col, (seqlen_q, seqlen_k), left, right in tiles:
+        out = torch.empty(2, 8, 8)
+        hide_kernel[(1,)](
+            scores, out, first_row, first_col, seqlen_q, seqlen_k, left, right,
+            N=8, HAS_LEFT=has_left, HAS_RIGHT=has_right,
+        )  # fmt: skip
+        assert torch.equal(out[0], out[1])
+
+
+@triton.jit
+def key_blocks_kernel(
+    first, last, seqlen_q, seqlen_k, left, right, out,
+    N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, N)
+    window = Window(tl.load(left + i) if HAS_LEFT else None, tl.load(right + i) if HAS_RIGHT else None)
+    span = Span(0, 0, tl.load(seqlen_q + i), tl.load(seqlen_k + i))
+    begin, full_begin, full_end, end = key_blocks(tl.load(first + i), tl.load(last + i), span, window, BLOCK)
+    tl.store(out + i, begin)
+    tl.store(out + N + i, full_begin)
+    tl.store(out + 2 * N + i, full_end)
+    tl.store(out + 3 * N + i, end)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+@pytest.mark.parametrize("has_left, has_right", PATTERNS)
+def test_key_blocks_of_any_rows(has_left, has_right, block):
+    """Of every range of rows, wherever a tile may begin."""
+    records = [
+        (first, last, seqlen_q, seqlen_k, *window)
+        for seqlen_q, seqlen_k, window in itertools.product(LENGTHS, LENGTHS, windows(has_left, has_right))
+        for first in range(seqlen_q)
+        for last in range(first, seqlen_q)
+    ]
+    fields = columns(records)
+    size = fields[0].numel()
+    out = torch.empty(4, size, dtype=torch.int32)
+    key_blocks_kernel[(1,)](*fields, out, N=size, HAS_LEFT=has_left, HAS_RIGHT=has_right, BLOCK=block)
+    for (first, last, seqlen_q, seqlen_k, *window), bounds in zip(records, out.T.tolist(), strict=False):
+        mask = reference.visible(seqlen_q, seqlen_k, tuple(window))
+        check_bounds(mask[first : last + 1], block, bounds, whole_blocks=True)
 
 
 @triton.jit

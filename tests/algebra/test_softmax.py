@@ -20,30 +20,55 @@ LOG2_E = 1.0 / math.log(2.0)
 
 
 @triton.jit
-def fold_kernel(scores, values, unit, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """out = softmax(scores * unit / log2(e)) values, one value per key."""
+def step_in_parts(row_max, row_sums, tile, unit, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """softmax_step with (ROWS, PARTS) parts of the row sums, as in kernels/hopper."""
+    new_max = tl.maximum(row_max, tl.max(tile, 1))
+    pivot_log2 = algebra.softmax_pivot(new_max, unit)
+    weights = algebra.softmax_weights(tile, unit, pivot_log2[:, None])
+    rescale = algebra.softmax_rescale(row_max, unit, pivot_log2)
+    parts = tl.sum(weights.reshape(ROWS, TILE // PARTS, PARTS), 1)
+    return weights, rescale, new_max, row_sums * rescale[:, None] + parts
+
+
+@triton.jit
+def fold_kernel(
+    scores, values, unit, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """out = softmax(scores * unit / log2(e)) values, one value per key; the row sums in one or several parts."""
     rows = tl.arange(0, ROWS)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
+    row_sums = tl.zeros([ROWS, PARTS], tl.float32)
     acc = tl.zeros([ROWS], tl.float32)
     for number in range(tiles):
         cols = number * TILE + tl.arange(0, TILE)
         tile = tl.load(scores + rows[:, None] * tiles * TILE + cols[None, :])
-        weights, rescale, row_max, row_sum = algebra.softmax_step(row_max, row_sum, tile, unit)
+        if PARTS == 1:
+            weights, rescale, row_max, row_sum = algebra.softmax_step(row_max, row_sum, tile, unit)
+        else:
+            weights, rescale, row_max, row_sums = step_in_parts(row_max, row_sums, tile, unit, ROWS, TILE, PARTS)
         acc = acc * rescale + tl.sum(weights * tl.load(values + cols)[None, :], 1)
+    if PARTS > 1:
+        row_sum = tl.sum(row_sums, 1)
     inverse_sum, row_lse = algebra.softmax_finish(row_max, row_sum, unit)
     tl.store(out + rows, acc * inverse_sum)
     tl.store(lse + rows, row_lse)
 
 
-def fold(scores, values, scale):
+@pytest.fixture(params=[1, 4], ids=["step", "step-in-parts"])
+def parts(request):
+    return request.param
+
+
+def fold(scores, values, scale, parts):
     out, lse = torch.empty(ROWS), torch.empty(ROWS)
-    fold_kernel[(1,)](scores, values, scale * LOG2_E, out, lse, scores.shape[1] // TILE, ROWS=ROWS, TILE=TILE)
+    tiles = scores.shape[1] // TILE
+    fold_kernel[(1,)](scores, values, scale * LOG2_E, out, lse, tiles, ROWS=ROWS, TILE=TILE, PARTS=parts)
     return out, lse
 
 
-def check_fold(scores, values, scale):
-    out, lse = fold(scores, values, scale)
+def check_fold(scores, values, scale, parts):
+    out, lse = fold(scores, values, scale, parts)
     exact = scores.double() * scale
     empty = torch.isinf(exact).all(1)
     assert torch.equal(lse == -torch.inf, empty) and torch.all(out[empty] == 0.0)
@@ -54,34 +79,34 @@ def check_fold(scores, values, scale):
 
 @pytest.mark.parametrize("scale", [1.0, 0.125, 30.0, 1e-30])
 @pytest.mark.parametrize("tiles", [1, 2, 5])
-def test_folding_is_softmax(tiles, scale, seed):
+def test_folding_is_softmax(tiles, scale, seed, parts):
     generator = torch.Generator().manual_seed(seed)
     scores = 3.0 * torch.randn(ROWS, tiles * TILE, generator=generator)
-    check_fold(scores, torch.randn(tiles * TILE, generator=generator), scale)
+    check_fold(scores, torch.randn(tiles * TILE, generator=generator), scale, parts)
 
 
 @pytest.mark.parametrize("hidden", [(0,), (1,), (3,), (0, 1), (1, 2), (0, 1, 2, 3)])
-def test_tiles_without_a_visible_key(hidden, seed):
+def test_tiles_without_a_visible_key(hidden, seed, parts):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(ROWS, 4 * TILE, generator=generator)
     for tile in hidden:
         scores[:, tile * TILE : (tile + 1) * TILE] = -torch.inf
-    check_fold(scores, torch.randn(4 * TILE, generator=generator), 1.0)
+    check_fold(scores, torch.randn(4 * TILE, generator=generator), 1.0, parts)
 
 
-def test_rows_hide_different_keys(seed):
+def test_rows_hide_different_keys(seed, parts):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(ROWS, 3 * TILE, generator=generator)
     scores[torch.rand(scores.shape, generator=generator) < 0.7] = -torch.inf
     scores[3], scores[7, 1:] = -torch.inf, -torch.inf
-    check_fold(scores, torch.randn(3 * TILE, generator=generator), 1.0)
+    check_fold(scores, torch.randn(3 * TILE, generator=generator), 1.0, parts)
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
-def test_scores_far_apart(order):
+def test_scores_far_apart(order, parts):
     """Each tile's maximum lies hundreds above or below the one before: sums must neither overflow nor lose the needle."""
     scores = torch.linspace(-3000, 3000, 4 * TILE)[::1].repeat(ROWS, 1)
-    check_fold(scores.flip(1) if order < 0 else scores, torch.arange(4.0 * TILE), 1.0)
+    check_fold(scores.flip(1) if order < 0 else scores, torch.arange(4.0 * TILE), 1.0, parts)
 
 
 @triton.jit

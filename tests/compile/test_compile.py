@@ -17,7 +17,14 @@ from flash_attn.kernels.algebra.dropout import (  # noqa: E402
     random_bits,
     row_words,
 )
-from flash_attn.kernels.algebra.interval import block_bounds, key_interval, query_interval, visible  # noqa: E402
+from flash_attn.kernels.algebra.interval import (  # noqa: E402
+    block_bounds,
+    hide,
+    key_blocks,
+    key_interval,
+    query_interval,
+    visible,
+)
 from flash_attn.kernels.algebra.locate import locate_keys  # noqa: E402
 from flash_attn.kernels.algebra.score import (  # noqa: E402
     gradient_scale,
@@ -30,6 +37,8 @@ from flash_attn.kernels.algebra.softmax import (  # noqa: E402
     lse_log2,
     softmax_backward,
     softmax_finish,
+    softmax_pivot,
+    softmax_rescale,
     softmax_step,
     softmax_weights,
 )
@@ -185,6 +194,12 @@ def probe_kernel(
         tile += (hi - lo)[None, :]
     elif FUNCTION == "visible":
         tile = gl.where(visible(rows[:, None], cols[None, :], span, window), tile, 0.0)
+    elif FUNCTION == "hide":
+        lo, hi = key_interval(rows, span, window)
+        tile = hide(tile, cols[None, :], lo[:, None], hi[:, None], window)
+    elif FUNCTION == "key_blocks":
+        begin, full_begin, full_end, end = key_blocks(batch, batch + 1, span, window, 16)
+        tile += begin + full_begin + full_end + end
     elif FUNCTION == "block_bounds":
         begin, full_begin, full_end, end = block_bounds(batch, batch + 1, batch + 2, batch + 3, 16)
         tile += begin + full_begin + full_end + end
@@ -197,6 +212,9 @@ def probe_kernel(
         weights, rescale, row_max, row_sum = softmax_step(row_values, row_values, tile, 1.0)
         inverse_sum, lse = softmax_finish(row_max, row_sum, 1.0)
         tile = weights * (rescale * inverse_sum + lse)[:, None]
+    elif FUNCTION == "softmax_pivot":
+        pivot = softmax_pivot(row_values, 1.0)
+        tile = softmax_weights(tile, 1.0, pivot[:, None]) * softmax_rescale(row_values, 1.0, pivot)[:, None]
     elif FUNCTION == "softmax_weights":
         weights = softmax_weights(tile, 1.0, lse_log2(row_values)[:, None])
         tile = softmax_backward(weights, tile, row_values[:, None])
@@ -216,8 +234,8 @@ def probe_kernel(
 
 
 FUNCTIONS = (
-    "key_interval", "query_interval", "visible", "block_bounds", "score_forward", "score_backward", "softmax_step",
-    "softmax_weights", "drop", "load_span", "locate_keys",
+    "key_interval", "query_interval", "visible", "hide", "key_blocks", "block_bounds", "score_forward", "score_backward",
+    "softmax_step", "softmax_pivot", "softmax_weights", "drop", "load_span", "locate_keys",
 )  # fmt: skip
 
 

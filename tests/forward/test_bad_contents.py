@@ -29,6 +29,7 @@ def device(request):
 
 
 everywhere = pytest.mark.parametrize("device", calls.places("cpu", "gpu"), indirect=True)
+everywhere_unpaged = pytest.mark.parametrize("device", calls.places("cpu", "gpu", "hopper"), indirect=True)
 
 
 class Guarded:
@@ -133,7 +134,7 @@ BAD_LENGTHS = {
 }
 
 
-@everywhere
+@everywhere_unpaged
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", BAD_LENGTHS)
 def test_lengths_stay_inside(name, causal, device, seed, guarded):
@@ -144,7 +145,7 @@ def test_lengths_stay_inside(name, causal, device, seed, guarded):
         assert x.isfinite().all(), "an operand was overwritten"
 
 
-@everywhere
+@everywhere_unpaged
 def test_neighbours_of_a_bad_length_are_right(device, seed, guarded):
     """The last length is nonsense; the sequences before it are as they would be without it."""
     tensors = operands(device, seed, guarded)
@@ -163,18 +164,24 @@ BAD_COUNTS = {
 }
 
 
-@everywhere
-@pytest.mark.parametrize("paged", [False, True])
+@everywhere_unpaged
 @pytest.mark.parametrize("name", BAD_COUNTS)
-def test_key_counts_stay_inside(name, paged, device, seed, guarded):
+def test_key_counts_stay_inside(name, device, seed, guarded):
+    check_key_counts(name, device, *operands(device, seed, guarded), guarded)
+
+
+@everywhere
+@pytest.mark.parametrize("name", BAD_COUNTS)
+def test_key_counts_of_pages_stay_inside(name, device, seed, guarded):
     q, k, v, dout = operands(device, seed, guarded)
-    arrays = dict(BAD_COUNTS[name])
-    if paged:
-        k, v = (x.unflatten(0, (-1, 16)) for x in (k, v))
-        arrays["block_table"] = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    out, _ = run(
-        device, (q, k, v, dout), [0, 40, 100, 160], [0, 64, 128, 192], guarded, causal=True, backward=False, **arrays
-    )
+    k, v = (x.unflatten(0, (-1, 16)) for x in (k, v))
+    check_key_counts(name, device, q, k, v, dout, guarded, block_table=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+
+
+def check_key_counts(name, device, q, k, v, dout, guarded, **table):
+    lengths = ([0, 40, 100, 160], [0, 64, 128, 192])
+    arrays = {**BAD_COUNTS[name], **table}
+    out, _ = run(device, (q, k, v, dout), *lengths, guarded, causal=True, backward=False, **arrays)
     assert out.isfinite().all(), "keys outside the tensors were read"
 
 
@@ -215,7 +222,7 @@ def test_more_keys_than_the_table_names(device, seed, guarded):
     calls.assert_equal(wide, narrow)
 
 
-@everywhere
+@everywhere_unpaged
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_bad_values_stay_in_their_sequence(bad, device, seed, guarded):
     """NaN or inf in the keys and values of one sequence do not reach the others."""

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attn import backends, flash_attn_func, flash_attn_varlen_func, random_bits
+from flash_attn import backends, flash_attn_func, flash_attn_varlen_func, hardware, random_bits
+from flash_attn.problem import AttentionProblem
 from tests.support.cases import Case
 from tests.support.inputs import Inputs
 
-MARKS = {"cpu": (), "gpu": (pytest.mark.gpu,), "interpreter": (pytest.mark.interpreter,)}
-BACKENDS = {"cpu": "cpu", "gpu": "portable", "interpreter": "portable"}
+MARKS = {"cpu": (), "gpu": (pytest.mark.gpu,), "hopper": (pytest.mark.gpu,), "interpreter": (pytest.mark.interpreter,)}
+BACKENDS = {"cpu": "cpu", "gpu": "portable", "hopper": "hopper", "interpreter": "portable"}
 
 
 def places(*names: str) -> list[Any]:
@@ -34,17 +35,26 @@ def placed(cases: dict[str, list[Case]]) -> list[Any]:
 
 @contextlib.contextmanager
 def running_on(place: str) -> Iterator[torch.device]:
-    """The device of a place, with the place's backend in use: "cpu", "gpu" or "interpreter"."""
+    """The device of a place, with the place's backend in use: "cpu", "gpu", "hopper" or "interpreter"."""
     if place == "interpreter":
         skip_unless_interpreting()
+    if place == "hopper":
+        skip_unless_hopper()
     with backends.use(BACKENDS[place]):
-        yield torch.device("cuda" if place == "gpu" else "cpu")
+        yield torch.device("cuda" if place in ("gpu", "hopper") else "cpu")
 
 
 def skip_unless_interpreting() -> None:
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs TRITON_INTERPRET=1")
+
+
+def skip_unless_hopper() -> None:
+    simplest = AttentionProblem("dense", "float16", 1, 1, 1, 1, 1, 64, aligned=True)
+    refused = backends.load("hopper").unsupported(simplest, hardware.of(torch.device("cuda")))
+    if refused:
+        pytest.skip(f"the hopper backend: {refused}")
 
 
 def words(case: Case, inputs: Inputs) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
-from flash_attn.kernels.algebra.interval import block_bounds, key_interval, visible
+from flash_attn.kernels.algebra.interval import key_blocks, visible
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
@@ -30,9 +30,8 @@ from flash_attn.kernels.portable.tiles import (
 @triton.jit
 def key_block_bounds(m_block, span, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Key blocks that the rows of one query block see: [begin, full_begin, full_end, end)."""
-    first_lo, first_hi = key_interval(m_block * BLOCK_M, span, window)
-    last_lo, last_hi = key_interval(tl.minimum(m_block * BLOCK_M + BLOCK_M, span.seqlen_q) - 1, span, window)
-    return block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK_N)
+    last_row = tl.minimum(m_block * BLOCK_M + BLOCK_M, span.seqlen_q) - 1
+    return key_blocks(m_block * BLOCK_M, last_row, span, window, BLOCK_N)
 
 
 @triton.jit

@@ -1,0 +1,356 @@
+"""The Hopper backend without a Hopper GPU: what it refuses, when it is chosen, what its launches are made of."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_attn import backends, dispatch, launch
+from flash_attn.backends import explain, hopper, select_backend, tensor_maps, use
+from flash_attn.errors import InvalidArgument, UnsupportedProblem
+from flash_attn.hardware import CPU, Hardware
+from flash_attn.launch.hopper import (
+    CONSUMER_ROWS,
+    FORWARD,
+    SHORT,
+    TWO_CONSUMERS,
+    head_dim_pad,
+    hopper_forward_config,
+)
+from flash_attn.problem import AttentionProblem, describe
+
+HOPPER = Hardware("cuda", "sm_90", 132, 232448)
+BLACKWELL = Hardware("cuda", "sm_100", 148, 232448)
+CDNA = Hardware("hip", "gfx942", 304, 65536)
+BF16 = torch.bfloat16
+
+
+def problem(**changes) -> AttentionProblem:
+    """A large one that nothing speaks against."""
+    numbers = dict(layout="dense", dtype="bfloat16", batch_size=4, seqlen_q=4096, seqlen_k=4096, nheads=16, nheads_k=16)
+    return AttentionProblem(**{**numbers, **dict(headdim=128, aligned=True), **changes})
+
+
+needs_gluon = pytest.mark.skipif(
+    hopper.unsupported(problem(), HOPPER) is not None, reason="no release of Triton whose Gluon is known"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_requested(monkeypatch):
+    monkeypatch.setattr(backends, "_environment", lambda: None)
+
+
+REFUSALS = [
+    (HOPPER, dict(dtype="float32"), "computes fp16 and bf16, not float32"),
+    (HOPPER, dict(dtype="float64"), "computes fp16 and bf16, not float64"),
+    (HOPPER, dict(layout="paged"), "cannot follow a block table"),
+    (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
+    (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
+    (HOPPER, dict(dropout=True), "has no dropout"),
+    (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
+    (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
+    (CDNA, {}, "this is gfx942"),
+    (CPU, {}, "this is cpu"),
+]
+
+
+@pytest.mark.parametrize("hardware, changes, words", REFUSALS)
+def test_refusals(hardware, changes, words):
+    """Each in its words, in `explain`, and as the error of a call that asks for the backend by name."""
+    refused = problem(**changes)
+    reason = hopper.unsupported(refused, hardware)
+    assert reason is not None and words in reason
+    assert explain(refused, hardware)["hopper"] == reason
+    with use("hopper"), pytest.raises(UnsupportedProblem) as caught:
+        select_backend(refused, hardware)
+    assert caught.value.reasons == {"hopper": reason}
+
+
+@pytest.mark.parametrize(
+    "release, known", [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False), ("4.0.0", False)]
+)
+def test_unknown_releases_of_triton(release, known, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=release))
+    hopper._unknown_release.cache_clear()
+    reason = hopper.unsupported(problem(), HOPPER)
+    hopper._unknown_release.cache_clear()
+    assert (reason is None) == known
+    assert known or reason == f"written for the Gluon of Triton 3.6 to 3.9; this is {release}"
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    hopper._unknown_release.cache_clear()
+    reason = hopper.unsupported(problem(), HOPPER)
+    hopper._unknown_release.cache_clear()
+    assert reason is not None and reason.startswith("Triton is not installed")
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dtype="float16"),
+        dict(layout="varlen", nheads_k=2),
+        dict(layout="varlen", seqused_k=True, leftpad_k=True),
+        dict(window=(100, 0), softcap=True, alibi=True),
+        dict(window=(None, 7), headdim=8),
+        dict(headdim=256, window=(None, 0)),
+        dict(deterministic=True),
+    ],
+)
+def test_what_it_serves(changes):
+    assert select_backend(problem(**changes), HOPPER).name == "hopper"
+
+
+@needs_gluon
+def test_small_problems_are_left_to_the_portable_backend():
+    """Unless the backend is asked for by name."""
+    small = problem(batch_size=1, seqlen_q=256, seqlen_k=256, nheads=8)
+    assert not hopper.worthwhile(small) and hopper.worthwhile(problem())
+    assert select_backend(small, HOPPER).name == "portable"
+    with use("hopper"):
+        assert select_backend(small, HOPPER).name == "hopper"
+    assert explain(small, HOPPER)["portable"] == "runs it"
+    assert explain(small, HOPPER)["hopper"].startswith("could run it")
+
+
+def test_worthwhile_is_a_matter_of_work():
+    """Queries * keys * heads * head dim * sequences; the threshold itself is enough."""
+    edge = problem(batch_size=1, seqlen_q=1024, seqlen_k=1024, nheads=16, headdim=128)
+    assert hopper.worthwhile(edge)
+    for field in ("seqlen_q", "seqlen_k", "nheads", "headdim"):
+        assert not hopper.worthwhile(edge._replace(**{field: getattr(edge, field) // 2}))
+        half = edge._replace(**{field: getattr(edge, field) // 2}, batch_size=2)
+        assert hopper.worthwhile(half)
+
+
+@needs_gluon
+def test_explain_names_who_computes_the_gradients(caplog):
+    verdicts = explain(problem(), HOPPER)
+    assert verdicts["hopper"] == f"runs it, gradients by portable: {hopper.forward_only}"
+    assert verdicts["portable"] == "could run it"
+    for requested in (None, "hopper"):
+        assert backends.choose_backward_backend(problem(), HOPPER, requested).name == "portable"
+    with pytest.raises(UnsupportedProblem, match="computes no gradients"):
+        hopper.backward(*[None] * 6)
+    with pytest.raises(UnsupportedProblem, match="serves no cache"):
+        hopper.attend_cache(*[None] * 4)
+
+
+def operand(layout, dtype=BF16, headdim=64, seqlen=8, heads=4):
+    """A (2, seqlen, heads, headdim) operand laid out in some way."""
+    plain = torch.zeros(2, seqlen, heads, headdim, dtype=dtype)
+    if layout == "contiguous":
+        return plain
+    if layout == "transposed":
+        return torch.zeros(2, heads, seqlen, headdim, dtype=dtype).transpose(1, 2)
+    if layout == "packed":
+        return torch.zeros(2, seqlen, 3, heads, headdim, dtype=dtype)[:, :, 1]
+    if layout == "odd rows":
+        return torch.zeros(2, seqlen, heads, headdim + 1, dtype=dtype)[..., :headdim]
+    if layout == "wide rows":
+        return torch.zeros(2, seqlen, heads, headdim + 16 // dtype.itemsize, dtype=dtype)[..., :headdim]
+    if layout == "expanded batch":
+        return plain[:1].expand(2, -1, -1, -1)
+    if layout == "expanded heads":
+        return plain[:, :, :1].expand(-1, -1, heads, -1)
+    offset = {"offset by 2 bytes": 1, "offset by 16 bytes": 8}[layout]
+    buffer = torch.zeros(plain.numel() + 16, dtype=dtype)
+    assert buffer.data_ptr() % 16 == 0
+    return buffer[offset : offset + plain.numel()].view(plain.shape)
+
+
+ALIGNED = {
+    "contiguous": True, "transposed": True, "packed": True, "wide rows": True, "offset by 16 bytes": True,
+    "odd rows": False, "expanded batch": False, "expanded heads": False, "offset by 2 bytes": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("layout", ALIGNED)
+def test_aligned(layout, which):
+    tensors = [operand("contiguous") for _ in range(3)]
+    tensors[which] = operand(layout)
+    assert describe(*tensors, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned == ALIGNED[layout]
+
+
+@pytest.mark.parametrize(
+    "dtype, headdim, aligned",
+    [(BF16, 8, True), (BF16, 12, False), (BF16, 59, False), (BF16, 136, True), (torch.float32, 4, True)],
+)
+def test_aligned_head_dims(dtype, headdim, aligned):
+    tensors = [operand("contiguous", dtype, headdim) for _ in range(3)]
+    assert describe(*tensors, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned == aligned
+
+
+def test_strides_of_single_elements_do_not_matter():
+    """A dimension of one element may have any stride; its tensor map has one that the hardware takes."""
+    odd = torch.zeros(64 * 8, dtype=BF16).as_strided((1, 8, 1, 64), (7, 64, 3, 1))
+    assert describe(odd, odd, odd, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned
+    described = tensor_maps.hopper(odd, 64, 64)(odd.data_ptr())
+    assert described.strides == [64, 64, 64, 1] and described.shape == [1, 8, 1, 64]
+    none = torch.zeros(1, 0, 1, 64, dtype=BF16)
+    assert not describe(odd, none, none, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned, "a map has no empty side"
+
+
+CONFIGS = {(pad, config) for pad, row in FORWARD.items() for config in row} | {(64, TWO_CONSUMERS)}
+LOAD_REGISTERS, REGISTER_FILE = 24, 65536
+
+
+@pytest.mark.parametrize("pad, config", sorted(CONFIGS))
+def test_registers_of_the_warpgroups_fit(pad, config):
+    """Every warpgroup has 128 threads. The first consumer gets what the launch leaves when the others have theirs."""
+    threads = 128 * (config.consumers + 1)
+    at_launch = REGISTER_FILE // threads // 8 * 8
+    others = [config.registers] * (config.consumers - 1) + [LOAD_REGISTERS]
+    first = (at_launch * threads - 128 * sum(others)) // 128 // 8 * 8
+    assert first >= config.registers
+    assert all(registers % 8 == 0 and 24 <= registers <= 240 for registers in (config.registers, *others))
+    assert 128 * (first + sum(others)) <= REGISTER_FILE
+
+
+def shared_bytes(pad, config):
+    """Tiles of Q, K, V and out in 2 bytes an element, and room for barriers and numbers."""
+    queries = (
+        config.consumers * CONSUMER_ROWS * (3 if config.overlap else 1)
+    )  # two of Q and one of out, or one for both
+    keys = 2 * config.num_stages * config.block_n
+    return 2 * pad * (queries + keys) + 1024
+
+
+@pytest.mark.parametrize("pad, config", sorted(CONFIGS))
+def test_shared_memory_fits(pad, config):
+    assert shared_bytes(pad, config) <= HOPPER.shared_memory == 227 * 1024
+    assert config.block_n % 16 == 0 and config.block_n & (config.block_n - 1) == 0
+    assert config.consumers in (2, 3), "the kernel has partitions for two or three"
+    assert not config.ping_pong or config.consumers * 128 >= 256, "a turn has two warpgroups"
+
+
+def test_every_problem_has_a_configuration():
+    for headdim in range(1, 257):
+        pad = head_dim_pad(headdim)
+        assert pad in FORWARD and headdim <= pad and (pad == 64 or pad < 2 * headdim)
+        for window in ((None, None), (None, 0), (9, 9)):
+            config = hopper_forward_config(problem(headdim=headdim, window=window))
+            assert (pad, config) in CONFIGS
+    short = problem(headdim=64, window=(None, 0), seqlen_q=SHORT)
+    assert hopper_forward_config(short) is TWO_CONSUMERS
+    assert hopper_forward_config(short._replace(seqlen_q=2 * SHORT)) is FORWARD[64][1]
+    assert hopper_forward_config(short._replace(window=(None, None))) is FORWARD[64][0]
+
+
+def test_a_pinned_configuration():
+    pinned = FORWARD[128][0]._replace(ping_pong=False)
+    with launch.pinned(hopper_forward=pinned):
+        assert hopper_forward_config(problem()) is pinned
+    assert hopper_forward_config(problem()) is FORWARD[128][0]
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Streams that exist by number alone."""
+    state = SimpleNamespace(current=0, capturing=False)
+    monkeypatch.setattr(hopper, "_counters", {})
+    monkeypatch.setattr(hopper.devices, "current_stream", lambda device: state.current)
+    monkeypatch.setattr(hopper.devices, "is_capturing", lambda device: state.capturing)
+    return state
+
+
+def test_a_tile_counter_for_each_stream(streams):
+    device, found = torch.device("cpu"), {}
+    for streams.current in (0, 7, 0, 7):
+        counter = hopper.tile_counter(device)
+        assert counter.dtype == torch.int32 and counter.tolist() == [0, 0]
+        assert found.setdefault(streams.current, counter) is counter
+    assert found[0].data_ptr() != found[7].data_ptr()
+
+
+def test_a_tile_counter_for_each_captured_launch(streams):
+    device = torch.device("cpu")
+    eager = hopper.tile_counter(device)
+    streams.capturing = True
+    captured = [hopper.tile_counter(device) for _ in range(2)]
+    streams.capturing = False
+    assert hopper.tile_counter(device) is eager
+    assert len({x.data_ptr() for x in (eager, *captured)}) == 3
+    assert all(x.tolist() == [0, 0] for x in captured)
+
+
+METADATA = dict(swizzle=3, elem_size=2, elem_type=10, fp4_padded=False)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "packed"])
+@pytest.mark.parametrize("form", ["portable", "hopper", "ragged"])
+def test_a_tensor_map_is_what_triton_encodes(form, layout, monkeypatch):
+    """Triton's own launcher makes the same calls to the driver from a TensorMap as from its descriptor."""
+    pytest.importorskip("triton")
+    from triton.backends.nvidia import driver
+
+    x = operand(layout)
+    x = x[0] if form == "ragged" else x
+    describe_operand = (tensor_maps.portable if form == "portable" else tensor_maps.hopper)(x, 64, 64)
+    real, ours = describe_operand(x), describe_operand(x.data_ptr())
+    assert not isinstance(real, tensor_maps.TensorMap) and isinstance(ours, tensor_maps.TensorMap)
+    encoded = []
+    utils = SimpleNamespace(fill_tma_descriptor=lambda *words: encoded.append(words) or "map")
+    monkeypatch.setattr(driver.triton.runtime.driver, "_active", SimpleNamespace(utils=utils), raising=False)
+    for metadata in (None, {**METADATA, "block_size": real.block_shape}):
+        arguments = [driver.make_tensordesc_arg(each, metadata) for each in (real, ours)]
+        if metadata is None:
+            arguments = [rest for _base, *rest in arguments]
+        assert arguments[0] == arguments[1]
+    assert len(encoded) == 2 and encoded[0] == encoded[1]
+    assert encoded[0][0] == x.data_ptr()
+
+
+def reached(described, coordinates):
+    """Element offset that a tile's first element has, or None outside the map."""
+    if not all(0 <= at < size for at, size in zip(coordinates, described.shape, strict=True)):
+        return None
+    return sum(at * stride for at, stride in zip(coordinates, described.strides, strict=True)) % 2**63
+
+
+@pytest.mark.parametrize("start, length", [(0, 5), (3, 1), (7, 9), (0, 16), (16, 0)])
+def test_ragged_coordinates_end_with_the_sequence(start, length):
+    """As kernels/hopper/pipeline.row_coordinates computes them: row r of a sequence, or outside of the map."""
+    origin = tensor_maps.RAGGED_ORIGIN
+    x = torch.zeros(16, 3, 64, dtype=BF16)
+    described = tensor_maps.hopper(x, 64, 64)(x.data_ptr())
+    for row in (-1, 0, 1, length - 1, length, length + 1, 1000):
+        offset = reached(described, (origin, start + length, origin - length + row, 2, 0))
+        if 0 <= row < length:
+            assert offset == (start + row) * x.stride(0) + 2 * x.stride(1)
+        elif row >= length:
+            assert offset is None
+
+
+def test_the_kernel_counts_from_the_same_origin():
+    pytest.importorskip("triton")
+    from flash_attn.kernels.hopper import pipeline
+
+    assert pipeline.RAGGED_ORIGIN.value == tensor_maps.RAGGED_ORIGIN
+    assert pipeline.WARPGROUP_ROWS.value == CONSUMER_ROWS
+
+
+def test_it_is_first_in_the_table():
+    assert list(backends.MODULES)[:2] == ["hopper", "portable"]
+    with pytest.raises(InvalidArgument, match="hopper, portable"), use("Hopper"):
+        pass
+
+
+def test_importing_the_backend_imports_no_triton():
+    program = "import sys, flash_attn.backends.hopper; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_address_is_part_of_a_plan(monkeypatch):
+    """A call with an address off by two bytes does not find the plan of an aligned one."""
+    monkeypatch.setattr(dispatch, "_plans", {})
+    for layout in ("contiguous", "offset by 2 bytes"):
+        x = operand(layout)
+        dispatch.forward(x, x, x, 0.0, 1.0, False, -1, -1, 0.0, None, False)
+    assert [plan.problem.aligned for plan in dispatch._plans.values()] == [True, False]
