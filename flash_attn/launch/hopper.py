@@ -34,7 +34,7 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    if pad == 64 and problem.causal and problem.seqlen_q <= SHORT:
+    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT)):
         return TWO_CONSUMERS
     return FORWARD[pad][problem.causal]
 
@@ -54,5 +54,7 @@ FORWARD = {
         HopperForwardConfig(2, 64, 2, False, False, 240, 8),
     ),
 }
-SHORT = 2048  # tokens up to which tiles of 192 rows waste more on the diagonal than they gain
+# where tiles of 192 rows waste more on the diagonal than they gain, and where masks of two sides do not fit the 160 registers
+# of three consumers' threads
+SHORT = 2048  # tokens
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 2, True, False, 240, 8)

@@ -26,7 +26,7 @@ _RDNA = "256 vector registers hold neither accumulators nor operands of such a h
 # (kernel, architecture, padded head dim, kind), where None stands for any; the first match counts.
 # A kind is a feature of variants.FEATURES, "odd" for a head dim below its padded one, or a dtype other than bfloat16.
 BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {
-    ("dkdv", "sm_90", None, "everything"): Budget(80, _EVERYTHING, serialised=True),
+    ("dkdv", "sm_90", None, "everything"): Budget(112, _EVERYTHING, serialised=True),
     ("dkdv", "sm_90", 64, "odd"): Budget(288, _MASKED),
     ("dkdv", "sm_90", 64, None): Budget(48, _FASTEST),
     ("dkdv", "sm_90", 128, None): Budget(96, _FASTEST),
@@ -63,12 +63,8 @@ def cache_budget(kernel: str, arch: str, headdim: int, dtype: str) -> Budget:
     return DEFAULT
 
 
-_THREE = "three consumers have 160 registers each; two, which do not spill, were not measured against them with scores"
-
 # (padded head dim, feature of test_compile_hopper.FEATURES) of the Hopper forward; the first match counts.
 HOPPER_BUDGETS: dict[tuple[int | None, str | None], Budget] = {
-    (64, "everything"): Budget(640, _THREE),
-    (64, "left"): Budget(192, _THREE),
     (64, None): Budget(64, "three consumers, measured on the H200: faster than two"),
     (None, "everything"): Budget(48, _EVERYTHING),
     (None, None): Budget(32, "scalars of the loading warp, which has 24 registers, and of a tile's beginning"),

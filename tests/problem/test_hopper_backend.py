@@ -240,6 +240,7 @@ def test_every_problem_has_a_configuration():
     short = problem(headdim=64, window=(None, 0), seqlen_q=SHORT)
     assert hopper_forward_config(short) is TWO_CONSUMERS
     assert hopper_forward_config(short._replace(seqlen_q=2 * SHORT)) is FORWARD[64][1]
+    assert hopper_forward_config(short._replace(seqlen_q=2 * SHORT, window=(100, 0))) is TWO_CONSUMERS
     assert hopper_forward_config(short._replace(window=(None, None))) is FORWARD[64][0]
 
 
