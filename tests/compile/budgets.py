@@ -33,7 +33,7 @@ BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {
     ("dkdv", "sm_90", 256, None): Budget(80, _FASTEST),
     ("forward", "sm_80", 128, "everything"): Budget(48, _EVERYTHING),
     ("forward", "gfx942", 128, "scores"): Budget(96, _EVERYTHING),
-    (None, "gfx942", 128, "everything"): Budget(96, _EVERYTHING),
+    (None, "gfx942", 128, "everything"): Budget(144, _EVERYTHING),
     ("dq", "gfx1100", 128, None): Budget(48, _RDNA),
     ("dq", "gfx1100", 256, None): Budget(896, _RDNA),
     ("dkdv", "gfx1100", 128, None): Budget(512, _RDNA),

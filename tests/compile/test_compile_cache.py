@@ -159,10 +159,10 @@ def faults(variant: Variant, launch: Launch) -> list[str]:
 def test_compiled_kernels_are_called_in_their_signatures_order(feature, monkeypatch):
     """Later launches pass everything by position, which only a GPU would notice to be wrong."""
     bound: list[Launcher] = []
-    monkeypatch.setattr(Launcher, "_dispatch", lambda self, tensors, aligned: bound.append((self, tensors)))
+    monkeypatch.setattr(Launcher, "_dispatch", lambda self, tensors, numbers, aligned: bound.append((self, tensors)))
     launch(feature)
     for launcher, tensors in bound:
-        arguments = launcher.build([0] * len(tensors), tensors)
+        arguments = launcher.build([0] * len(tensors))
         names = launcher.kernel.arg_names
         assert names[len(arguments) :] == list(launcher.constants)
         assert len(launcher.kinds) <= len(arguments)
