@@ -6,21 +6,14 @@
 z is formed in fp32 and normalised before it is rounded to the dtype in which it is returned as the next residual.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn.errors import InvalidArgument
-
-
-class Mix(NamedTuple):
-    """What is normalised, and the dropout masks (True = kept) that went into it."""
-
-    z: Tensor
-    mask: Tensor | None
-    mask1: Tensor | None
+from flash_attn.ops.normalization import add_dropped, normalise
 
 
 def layer_norm_fn(
@@ -213,7 +206,7 @@ class RMSNorm(torch.nn.Module):
         return rms_norm_fn(
             x,
             self.weight,
-            self.bias,
+            None,
             residual=residual,
             eps=self.eps,
             dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
@@ -250,8 +243,10 @@ def layer_norm_ref(
     Source: flash_attn 2.8.3, flash_attn/ops/triton/layer_norm.py.
     """
     masks = (dropout_mask, dropout_mask1)
-    inputs = (x, weight, bias, residual, x1, weight1, bias1)
-    return _reference(inputs, eps, dropout_p, rowscale, prenorm, zero_centered_weight, masks, upcast, False)
+    inputs = (residual, x1, weight1, bias1)
+    return _reference(
+        x, weight, bias, inputs, eps, dropout_p, rowscale, prenorm, zero_centered_weight, masks, upcast, False
+    )
 
 
 def rms_norm_ref(
@@ -276,56 +271,16 @@ def rms_norm_ref(
     Source: flash_attn 2.8.3, flash_attn/ops/triton/layer_norm.py.
     """
     masks = (dropout_mask, dropout_mask1)
-    inputs = (x, weight, bias, residual, x1, weight1, bias1)
-    return _reference(inputs, eps, dropout_p, rowscale, prenorm, zero_centered_weight, masks, upcast, True)
-
-
-def add_dropped(
-    x: Tensor,
-    residual: Tensor | None,
-    x1: Tensor | None,
-    rowscale: Tensor | None,
-    dropout_p: float,
-    layerscale: Tensor | None = None,
-) -> Mix:
-    """dropout(rowscale * x) * layerscale + dropout(x1) * layerscale + residual, in fp32 unless it is x itself."""
-    mask, mask1 = (_keep(each, dropout_p) for each in (x, x1))
-    if (residual, x1, rowscale, layerscale, mask) == (None,) * 5:
-        return Mix(x, None, None)
-    z = _wide(x)
-    if rowscale is not None:
-        z = z * _wide(rowscale).unsqueeze(-1)
-    z = _drop(z, mask, dropout_p)
-    if x1 is not None:
-        z = z + _drop(_wide(x1), mask1, dropout_p)
-    if layerscale is not None:
-        z = z * _wide(layerscale)
-    return Mix(z if residual is None else z + residual, mask, mask1)
-
-
-def normalise(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    zero_centered_weight: bool = False,
-    is_rms_norm: bool = False,
-) -> Tensor:
-    """normalise(z) * weight + bias, rounded to dtype once; PyTorch's fused kernels keep their sums in fp32."""
-    if zero_centered_weight:
-        weight = 1.0 + _wide(weight)
-    if not z.dtype == weight.dtype == dtype or (bias is not None and bias.dtype != dtype):
-        z, weight, bias = _wide(z), _wide(weight), None if bias is None else _wide(bias)
-        wide = torch.promote_types(z.dtype, weight.dtype)
-        z, weight, bias = z.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    if not is_rms_norm:
-        return F.layer_norm(z, z.shape[-1:], weight, bias, eps).to(dtype)
-    out = F.rms_norm(z, z.shape[-1:], weight, eps)
-    return (out if bias is None else out + bias).to(dtype)
+    inputs = (residual, x1, weight1, bias1)
+    return _reference(
+        x, weight, bias, inputs, eps, dropout_p, rowscale, prenorm, zero_centered_weight, masks, upcast, True
+    )
 
 
 def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     inputs: tuple[Tensor | None, ...],
     eps: float,
     dropout_p: float,
@@ -336,10 +291,10 @@ def _reference(
     upcast: bool,
     is_rms_norm: bool,
 ) -> Any:
-    dtype = inputs[0].dtype if inputs[0] is not None else None
-    x, weight, bias, residual, x1, weight1, bias1 = (
-        each.float() if upcast and each is not None else each for each in inputs
-    )
+    dtype = x.dtype
+    if upcast:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    residual, x1, weight1, bias1 = (each.float() if upcast and each is not None else each for each in inputs)
     z = x if rowscale is None else x * rowscale[..., None]
     z = _drop_or_sample(z, masks[0], dropout_p)
     if x1 is not None:
@@ -368,20 +323,6 @@ def _drop_or_sample(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     if dropout_p == 0.0:
         return x
     return F.dropout(x, dropout_p) if mask is None else x.masked_fill(~mask, 0.0) / (1.0 - dropout_p)
-
-
-def _keep(x: Tensor | None, dropout_p: float) -> Tensor | None:
-    if x is None or dropout_p == 0.0:
-        return None
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
-
-
-def _drop(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    return x if mask is None else x.masked_fill(~mask, 0.0) / (1.0 - dropout_p)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _result_dtype(x: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> torch.dtype:
