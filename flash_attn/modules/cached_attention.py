@@ -100,12 +100,19 @@ class CachedAttention(nn.Module):
             qkv = self.rotary_emb(qkv)
         return self._run(self.inner_attn, qkv, **options)
 
+    def _attend_grouped(
+        self, qkv: Tensor, nheads: int, params: InferenceParams | None, options: dict[str, Any]
+    ) -> Tensor:
+        """`_attend_self` with fewer heads of keys and values: qkv is (..., nheads + 2 * nheads_k, headdim)."""
+        if self.rotary_emb_dim > 0 and params is None:
+            qkv = self.rotary_emb(qkv, num_heads_q=nheads)
+        q, kv = qkv[..., :nheads, :], qkv[..., nheads:, :].unflatten(-2, (2, -1))
+        return self._attend_cross(q, kv, params, options)
+
     def _attend_cross(self, q: Tensor, kv: Tensor, params: InferenceParams | None, options: dict[str, Any]) -> Tensor:
         """Attention of (..., nheads, headdim) to (..., 2, nheads_k, headdim), in a generation also to the cache."""
         if params is not None:
             return self._attend_cached(q, kv, params)
-        if self.rotary_emb_dim > 0:
-            q, kv = self.rotary_emb(q, kv)
         return self._run(self.inner_cross_attn, q, kv, **options)
 
     def _run(self, attention: nn.Module, *tensors: Tensor, **options: Any) -> Tensor:
@@ -118,6 +125,8 @@ class CachedAttention(nn.Module):
         first = params.seqlen_offset == 0
         if params.lengths_per_sample is not None and not first and not self.use_flash_attn:
             raise UnsupportedProblem("lengths_per_sample needs use_flash_attn=True, got False")
+        if torch.is_grad_enabled():
+            q, kv = q.clone(), kv.clone()  # autograd lets one view of a tensor be rotated in place, not two
         if not first and self.use_flash_attn:
             return self._attend_later(q, kv, params)
         if self.rotary_emb_dim > 0:

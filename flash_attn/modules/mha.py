@@ -186,22 +186,25 @@ class MHA(CachedAttention):
             qkv, x = self._projected(self.Wqkv, x)
             qkv = self._convolved(qkv, "dwconv_qkv").unflatten(-1, (3, -1, self.head_dim))
             context = self._attend_self(qkv, inference_params, options)
-        else:
-            q, kv, x = self._separate(x, x_kv, mixer_subset)
+        elif self.cross_attn:
+            q, kv, x = self._projected_apart(x, x_kv, mixer_subset)
             q = self._convolved(q, "dwconv_q").unflatten(-1, (-1, self.head_dim))
             kv = self._convolved(kv, "dwconv_kv").unflatten(-1, (2, -1, self.head_dim))
-            if cu_seqlens is not None and not self.cross_attn:
-                options = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen, **options}
             context = self._attend_cross(q, kv, inference_params, options)
+        else:
+            qkv, x = self._projected(self.Wqkv, x)
+            if self.dwconv:
+                q, kv = qkv[..., : self.embed_dim], qkv[..., self.embed_dim :]
+                qkv = torch.cat((self._convolved(q, "dwconv_q"), self._convolved(kv, "dwconv_kv")), dim=-1)
+            if cu_seqlens is not None:
+                options = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen, **options}
+            qkv = qkv.unflatten(-1, (-1, self.head_dim))
+            context = self._attend_grouped(qkv, self.num_heads, inference_params, options)
         out = self.out_proj(context.flatten(-2))
         return (out, x) if self.return_residual else out
 
-    def _separate(self, x: Tensor, x_kv: Tensor | None, mixer_subset: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, kv, x), heads not yet apart."""
-        if not self.cross_attn:
-            qkv, x = self._projected(self.Wqkv, x)
-            q, kv = qkv.split((self.embed_dim, qkv.shape[-1] - self.embed_dim), dim=-1)
-            return q, kv, x
+    def _projected_apart(self, x: Tensor, x_kv: Tensor | None, mixer_subset: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, kv, x) of cross-attention, heads not yet apart."""
         if x_kv is None:
             kv, x = self._projected(self.Wkv, x)
         else:
@@ -340,12 +343,10 @@ class ParallelMHA(CachedAttention):
             qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
             context = self._attend_self(qkv, inference_params, options)
         else:
-            q_dim = self.num_heads_per_rank * self.head_dim
-            q, kv = qkv.split((q_dim, qkv.shape[-1] - q_dim), dim=-1)
             if cu_seqlens is not None:
                 options = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen, **options}
-            kv = kv.unflatten(-1, (2, -1, self.head_dim))
-            context = self._attend_cross(q.unflatten(-1, (-1, self.head_dim)), kv, inference_params, options)
+            qkv = qkv.unflatten(-1, (-1, self.head_dim))
+            context = self._attend_grouped(qkv, self.num_heads_per_rank, inference_params, options)
         context = context.flatten(-2)
         return self.out_proj(context.flatten(0, 1) if seqlen is not None and cu_seqlens is None else context)
 

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from flash_attn.errors import InvalidArgument
 
+# torch 2.13 renamed both and warns of the old names
+ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather_raw(input_: Tensor, process_group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
     """(the inputs of all ranks one after the other, a handle to wait for if async_op), without gradient."""
     world_size = dist.get_world_size(process_group)
     output = input_.new_empty(world_size * input_.shape[0], *input_.shape[1:])
-    handle = dist.all_gather_into_tensor(output, input_.contiguous(), group=process_group, async_op=async_op)
+    handle = ALL_GATHER(output, input_.contiguous(), group=process_group, async_op=async_op)
     return output, handle
 
 
@@ -30,7 +34,7 @@ def reduce_scatter_raw(input_: Tensor, process_group: Any, async_op: bool = Fals
     if input_.shape[0] % world_size != 0:
         raise InvalidArgument(f"the first dimension, {input_.shape[0]}, must be divisible by world_size {world_size}")
     output = input_.new_empty(input_.shape[0] // world_size, *input_.shape[1:])
-    handle = dist.reduce_scatter_tensor(output, input_.contiguous(), group=process_group, async_op=async_op)
+    handle = REDUCE_SCATTER(output, input_.contiguous(), group=process_group, async_op=async_op)
     return output, handle
 
 

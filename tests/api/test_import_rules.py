@@ -118,7 +118,7 @@ RULES = {
     "ops.triton.rotary": Rule(
         ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
     ),
-    "ops.triton.cross_entropy": Rule(()),
+    "ops.triton.cross_entropy": Rule(("utils.distributed",)),
     "ops.triton.layer_norm": Rule(("ops.normalization",)),
     "ops.normalization": Rule(()),
     "ops.triton.mlp": Rule(("ops", "utils")),
@@ -135,7 +135,7 @@ RULES = {
         ("torch", "einops"),
     ),
     "utils.pretrained": Rule((), ("torch", "transformers", "safetensors")),
-    "utils": Rule(("utils",)),
+    "utils": Rule(("utils", "bert_padding"), ("torch", "einops")),
     "flash_attn_triton": Rule(()),
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
@@ -151,6 +151,7 @@ LAZY_ONLY = {
     "backends.hopper": ("triton", "kernels"),
     "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
     "backends.flaggems": ("flag_gems",),
+    "utils.pretrained": ("transformers", "safetensors"),
 }
 
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from flash_attn.layers.rotary import apply_rotary_emb_torch
 from flash_attn.modules.mha import (
     MHA,
     CrossAttention,
@@ -94,6 +95,23 @@ def test_mha_is_attention_of_its_projections(seed, flash, num_heads_kv, causal):
     weights = [x, *mha.parameters()]
     dout = torch.randn_like(out)
     pairs = zip(torch.autograd.grad(out, weights, dout), torch.autograd.grad(truth, weights, dout), strict=True)
+    for gradient, expected in pairs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flash, num_heads_kv", list(itertools.product([False, True], [None, 2])))
+def test_rotary_embedding_in_training(seed, flash, num_heads_kv):
+    torch.manual_seed(seed)
+    mha = MHA(EMBED, NHEADS, num_heads_kv, causal=True, rotary_emb_dim=8, use_flash_attn=flash)
+    x = torch.randn(BATCH, SEQLEN, EMBED, requires_grad=True)
+    out = mha(x)
+    angle = torch.outer(torch.arange(SEQLEN), mha.rotary_emb.inv_freq)
+    q, k, v = projected(mha, x)
+    q, k = (apply_rotary_emb_torch(each, angle.cos(), angle.sin()) for each in (q, k))
+    truth = mha.out_proj(attention(q, k, v, causal=True).flatten(-2))
+    torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-5)
+    inputs, dout = [x, *mha.parameters()], torch.randn_like(out)
+    pairs = zip(torch.autograd.grad(out, inputs, dout), torch.autograd.grad(truth, inputs, dout), strict=True)
     for gradient, expected in pairs:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 

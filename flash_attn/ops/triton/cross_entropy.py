@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flash_attn.errors import InvalidArgument
+from flash_attn.utils.distributed import all_gather_raw, all_reduce_raw
 
 ELEMENTS_AT_A_TIME = 1 << 24  # 64 MiB in fp32
 
@@ -51,7 +52,7 @@ class CrossEntropyLoss(torch.autograd.Function):
 
         lse, target = _scores(logits, local_labels, known_lse, smoothing, logit_scale, ctx.total_classes)
         if world_size > 1:
-            lse, target = _over_vocabulary(lse, target, world_size, process_group)
+            lse, target = _over_vocabulary(lse, target, process_group)
         z_losses = lse_square_scale * lse.square() if lse_square_scale != 0.0 else torch.zeros_like(lse)
         losses = torch.where(counted, lse - target + z_losses, 0.0)
         z_losses = torch.where(counted, z_losses, 0.0)
@@ -145,12 +146,10 @@ def _scores(
     return lse if known_lse is None else known_lse.to(dtype), target
 
 
-def _over_vocabulary(lse: Tensor, target: Tensor, world_size: int, process_group: Any) -> tuple[Tensor, Tensor]:
+def _over_vocabulary(lse: Tensor, target: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
     """The whole vocabulary's (lse, target) from every rank's."""
-    parts = lse.new_empty(world_size, *lse.shape)
-    dist.all_gather_into_tensor(parts.view(-1), lse.contiguous(), group=process_group)
-    dist.all_reduce(target, group=process_group)
-    return parts.logsumexp(dim=0), target
+    parts, _ = all_gather_raw(lse[None], process_group)
+    return parts.logsumexp(dim=0), all_reduce_raw(target, process_group)[0]
 
 
 def _scaled(logits: Tensor, logit_scale: float, dtype: torch.dtype) -> Tensor:
