@@ -91,8 +91,20 @@ class FlashSelfAttention(_FlashAttention):
 class FlashCrossAttention(_FlashAttention):
     """`flash_attn_kvpacked_func` and its varlen sibling, with dropout while training.
 
-    Source: flash_attn 2.8.3, flash_attn/modules/mha.py; any device and dtype that the functions take.
+    Source: flash_attn 2.8.3, flash_attn/modules/mha.py, also for the order of the arguments, which is not that of
+    FlashSelfAttention; any device and dtype that the functions take.
     """
+
+    def __init__(
+        self,
+        causal: bool = False,
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        window_size: Sequence[int] = (-1, -1),
+        deterministic: bool = False,
+    ) -> None:
+        super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes, deterministic)
 
     def forward(
         self,

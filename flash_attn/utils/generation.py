@@ -96,6 +96,7 @@ def decode(
     eos_token_id: int | None = None,
     teacher_outputs: Tensor | None = None,
     vocab_size: int | None = None,
+    tensor_parallel: int = 1,
     cg: bool = False,
     enable_timing: bool = False,
     output_scores: bool = True,
@@ -110,6 +111,7 @@ def decode(
         eos_token_id: stop where all sequences have drawn it at the same step.
         teacher_outputs: (batch, length); its tokens are taken instead of drawn ones as far as it reaches.
         vocab_size: ignore the logits past it.
+        tensor_parallel: ranks of the model; only graph capture and timing would need to know.
         streamer: its put(tokens) is called with the prompt and every new token, on the CPU, and its end() at last.
 
     Raises:

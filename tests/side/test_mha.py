@@ -64,6 +64,16 @@ def test_plain_and_flash_modules_agree_with_the_formula(seed, causal, packed):
         torch.testing.assert_close(module(q, kv), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_flash_modules_take_their_arguments_in_upstreams_order(seed):
+    torch.manual_seed(seed)
+    qkv, slopes = torch.randn(BATCH, SEQLEN, 3, NHEADS, HEADDIM), torch.tensor(get_alibi_slopes(NHEADS))
+    truth = attention(*qkv.unbind(2), causal=True, window=(2, 0), slopes=slopes)
+    out = FlashSelfAttention(True, None, 0.0, (2, 0), slopes, True)(qkv)
+    torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-5)
+    out = FlashCrossAttention(True, None, 0.0, slopes, (2, 0), True)(qkv[:, :, 0], qkv[:, :, 1:])
+    torch.testing.assert_close(out, truth, rtol=1e-5, atol=1e-5)
+
+
 def test_padded_keys_are_hidden(seed):
     torch.manual_seed(seed)
     qkv = torch.randn(BATCH, SEQLEN, 3, NHEADS, HEADDIM)
