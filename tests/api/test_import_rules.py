@@ -118,7 +118,25 @@ RULES = {
     "ops.triton.rotary": Rule(
         ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
     ),
+    "ops.triton.cross_entropy": Rule(("utils.distributed",)),
+    "ops.triton.layer_norm": Rule(("ops.normalization",)),
+    "ops.normalization": Rule(()),
+    "ops.triton.mlp": Rule(("ops", "utils")),
+    "ops.triton.linear": Rule(("ops",)),
+    "ops.triton.k_activations": Rule(("ops.activations",)),
+    "ops.activations": Rule(()),
+    "ops.layer_norm": Rule(("ops",)),
+    "ops.rms_norm": Rule(("ops",)),
+    "ops.fused_dense": Rule(("ops", "utils.distributed")),
     "ops": Rule((), ()),
+    "losses": Rule(("ops",)),
+    "modules": Rule(
+        ("flash_attn_interface", "layers", "modules", "ops", "utils"),
+        ("torch", "einops"),
+    ),
+    "utils.pretrained": Rule((), ("torch", "transformers", "safetensors")),
+    "utils": Rule(("utils", "bert_padding"), ("torch", "einops")),
+    "flash_attn_triton": Rule(()),
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
@@ -133,6 +151,7 @@ LAZY_ONLY = {
     "backends.hopper": ("triton", "kernels"),
     "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
     "backends.flaggems": ("flag_gems",),
+    "utils.pretrained": ("transformers", "safetensors"),
 }
 
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14
@@ -144,7 +163,11 @@ UPSTREAM_SIGNATURES = (
     "backward.",
     "kvcache.",
     "layers.",
+    "losses.",
+    "modules.",
     "ops.",
+    "utils.",
+    "flash_attn_triton.",
 )
 
 # What may be larger: a name or pattern of names -> (how large, why).

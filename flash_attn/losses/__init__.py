@@ -1,0 +1,1 @@
+"""Upstream's import path of the loss."""

@@ -1,0 +1,1 @@
+"""Building blocks of transformers under upstream's import paths."""

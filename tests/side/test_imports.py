@@ -1,0 +1,83 @@
+"""What clients import from here exists, and importing all of it is light."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What a client of upstream 2.8.3 may import from each module; docs/modules.md is checked against it.
+NAMES = {
+    "losses.cross_entropy": "CrossEntropyLoss",
+    "ops.triton.cross_entropy": "CrossEntropyLoss cross_entropy_loss",
+    "ops.triton.layer_norm": ("RMSNorm layer_norm_fn layer_norm_linear_fn layer_norm_ref rms_norm_fn rms_norm_ref"),
+    "ops.triton.k_activations": (
+        "cosh gelu gelu_approx gelu_approx_grad gelu_grad leaky_relu leaky_relu_grad relu relu_grad squared_relu "
+        "squared_relu_grad tanh"
+    ),
+    "ops.triton.linear": "triton_dgrad_act triton_linear_act",
+    "ops.triton.mlp": "FusedDenseSqreluDense fused_dense_sqrelu_dense_function",
+    "ops.activations": (
+        "bias_gelu bias_gelu_back bias_gelu_impl fast_gelu_impl gelu_bwd gelu_fwd relu_bwd sqrelu_bwd sqrelu_fwd swiglu "
+        "swiglu_bwd swiglu_fwd"
+    ),
+    "ops.fused_dense": (
+        "ColumnParallelLinear FusedDense FusedMLP ParallelFusedMLP RowParallelLinear fused_dense_func fused_mlp_func"
+    ),
+    "ops.layer_norm": (
+        "DropoutAddLayerNorm dropout_add_layer_norm dropout_add_layer_norm_parallel_residual layer_norm"
+    ),
+    "ops.rms_norm": ("DropoutAddRMSNorm RMSNorm dropout_add_rms_norm dropout_add_rms_norm_parallel_residual rms_norm"),
+    "modules.mha": (
+        "CrossAttention FlashCrossAttention FlashSelfAttention LinearResidual MHA ParallelMHA SelfAttention "
+        "_update_kv_cache flash_attn_with_kvcache get_alibi_slopes"
+    ),
+    "modules.mlp": "FusedMLP GatedMlp Mlp ParallelFusedMLP ParallelGatedMlp ParallelMLP",
+    "modules.block": "Block ParallelBlock",
+    "modules.embedding": (
+        "BertEmbeddings ColumnParallelEmbedding GPT2Embeddings ParallelGPT2Embeddings VocabParallelEmbedding"
+    ),
+    "layers.patch_embed": "PatchEmbed",
+    "utils.benchmark": (
+        "benchmark_all benchmark_backward benchmark_combined benchmark_forward benchmark_fwd_bwd benchmark_memory "
+        "pytorch_profiler"
+    ),
+    "utils.distributed": (
+        "all_gather all_gather_raw all_reduce all_reduce_raw allreduce_sequence_parallel_grad get_dim_for_local_rank "
+        "reduce_scatter reduce_scatter_raw sync_shared_params"
+    ),
+    "utils.generation": (
+        "GenerationMixin InferenceParams decode modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering sample"
+    ),
+    "utils.library": "triton_op",
+    "utils.pretrained": "state_dict_from_pretrained",
+    "utils.testing": "generate_qkv generate_random_padding_mask",
+    "utils.torch": "custom_bwd custom_fwd",
+    "flash_attn_triton": "flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_exist(module):
+    loaded = import_module(f"flash_attn.{module}")
+    assert [name for name in NAMES[module].split() if not hasattr(loaded, name)] == []
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_the_document_lists_them(module):
+    rows = [
+        line for line in (ROOT / "docs/modules.md").read_text().splitlines() if f"| `flash_attn.{module}` |" in line
+    ]
+    assert len(rows) == 1
+    assert [name for name in NAMES[module].split() if f"`{name}`" not in rows[0]] == []
+
+
+def test_importing_all_of_it_is_light():
+    imports = "; ".join(f"import flash_attn.{module}" for module in NAMES)
+    shown = "print(*(set(sys.modules) & {'triton', 'transformers', 'safetensors', 'flag_gems', 'liger_kernel'}))"
+    code = f"import sys; {imports}; {shown}"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == []
