@@ -26,6 +26,7 @@ from flash_attn.launch.decode import (
     split_count,
 )
 from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages
+from flash_attn.launch.rotary import power_of_two
 from flash_attn.problem import AttentionProblem
 
 
@@ -109,7 +110,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
         "HEAD_DIM": headdim,
         "HEAD_DIM_PAD": head_dim_pad(headdim),
         "PAIRS": pairs,
-        "PAIRS_PAD": max(1, 1 << (pairs - 1).bit_length()) if pairs else 1,
+        "PAIRS_PAD": power_of_two(pairs),
         "INTERLEAVED": append.interleaved,
         "ADVANCE": append.advance,
         "BLOCK": APPEND_ROWS,

@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from flash_attn.launch import pinned_config
+from flash_attn.launch import forward, pinned_config
 from flash_attn.problem import AttentionProblem
 
 CONSUMER_ROWS = 64  # query rows of one consumer, a warpgroup
@@ -23,7 +23,7 @@ class HopperForwardConfig(NamedTuple):
 
 def head_dim_pad(headdim: int) -> int:
     """The power of two that a tile's head dimension is padded to in shared memory; a swizzled row has at least 64."""
-    return max(64, 1 << (headdim - 1).bit_length())
+    return max(64, forward.head_dim_pad(headdim))
 
 
 def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:

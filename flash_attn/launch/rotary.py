@@ -29,8 +29,8 @@ MANY = 1 << 16  # beyond this many tokens or heads every choice is the same
 @functools.lru_cache(maxsize=4096)
 def _choose(width: int, tokens: int, nheads: int, num_sms: int) -> RotaryConfig:
     """The largest tile, halved until every multiprocessor has a program."""
-    block_m = min(ELEMENTS // width, _power_of_two(tokens))
-    block_h = min(HEADS, _power_of_two(nheads))
+    block_m = min(ELEMENTS // width, power_of_two(tokens))
+    block_h = min(HEADS, power_of_two(nheads))
     while block_h > 1 and _programs(tokens, nheads, block_m, block_h) < num_sms:
         block_h //= 2
     while block_m > 1 and _programs(tokens, nheads, block_m, block_h) < num_sms:
@@ -42,6 +42,6 @@ def _programs(tokens: int, nheads: int, block_m: int, block_h: int) -> int:
     return -(-tokens // block_m) * -(-nheads // block_h)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n and 1."""
     return 1 << max(0, n - 1).bit_length()

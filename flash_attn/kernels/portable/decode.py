@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Dropout, Pages, Sequences, Window
-from flash_attn.kernels.algebra.interval import block_bounds, key_interval
+from flash_attn.kernels.algebra.interval import key_blocks
 from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
@@ -60,9 +60,7 @@ def attn_decode_split_kernel(
 
     first_row = m_block * BLOCK_M
     last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-    first_lo, first_hi = key_interval(first_row // GROUP, span, window)
-    last_lo, last_hi = key_interval(last_row // GROUP, span, window)
-    begin, full_begin, full_end, end = block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK_N)
+    begin, full_begin, full_end, end = key_blocks(first_row // GROUP, last_row // GROUP, span, window, BLOCK_N)
     begin, end = split_blocks(begin, end, split, num_splits, fixed_blocks)
 
     packed = first_row + tl.arange(0, BLOCK_M)

@@ -18,7 +18,7 @@ from flash_attn.backends import requested_backend
 from flash_attn.backends.launcher import Launcher
 from flash_attn.dispatch import MAX_PLANS, contiguous_last
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
-from flash_attn.launch.rotary import rotary_config
+from flash_attn.launch.rotary import power_of_two, rotary_config
 
 MAX_HEADDIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -235,7 +235,7 @@ def _bind(x: Tensor, out: Tensor, turn: Turn, inplace: bool) -> Launcher:
 
     half, headdim = turn.cos.shape[1], x.shape[-1]
     tail = 0 if inplace else headdim - 2 * half
-    half_pad, tail_pad = _power_of_two(half), _power_of_two(tail)
+    half_pad, tail_pad = power_of_two(half), power_of_two(tail)
     nheads_rotated = x.shape[-2] if turn.nheads_rotated is None else turn.nheads_rotated
     nheads = nheads_rotated if inplace else x.shape[-2]
     tokens = math.prod(x.shape[:-2])
@@ -263,11 +263,6 @@ def _bind(x: Tensor, out: Tensor, turn: Turn, inplace: bool) -> Launcher:
     num_programs = math.ceil(tokens / config.block_m) * math.ceil(nheads / config.block_h) if writes else 0
     kinds = (arguments.Tensor, arguments.Tensor)
     return Launcher(rotary_kernel, num_programs, build, kinds, constants, {"num_warps": config.num_warps})
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n and 1."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @torch.no_grad()
