@@ -8,7 +8,7 @@ The name has no "flash" in it: transformers takes every such name for a package 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from flash_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_f
 
 NAME = "fa_plus"
 PAGED_NAME = f"paged|{NAME}"  # what transformers' continuous batching looks for
+
+ONE_SEQUENCE_A_ROW = (
+    f"{NAME}, compiled: several packed rows need cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k"
+)
 
 SEQUENCE_NUMBERS = torch.int32  # dtype of a mask that numbers packed sequences; every other mask says which keys exist
 
@@ -59,6 +63,7 @@ def make_mask(
     use_vmap: bool = False,
     local_size: int | None = None,
     device: torch.device | str | None = None,
+    config: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask of a pass, (batch_size, keys): which keys exist, or (int32) to which packed sequence each belongs; or None.
@@ -68,19 +73,18 @@ def make_mask(
     Args:
         cache_position: (q_length,), what transformers before 5.1 gives instead of q_length and q_offset.
         use_vmap: whether a model added a mask function of its own.
-        local_size: window or chunk of the mask function.
+        local_size: window or chunk of the mask function; a chunk is that of the config.
     """
-    patterns = dict(_patterns(mask_function))
-    _refuse_unknown_patterns(patterns, use_vmap, local_size, kv_offset + kv_length)
+    _refuse_unknown_patterns(mask_function, use_vmap, local_size, kv_offset + kv_length, config)
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     if attention_mask is not None:
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         return None if attention_mask.shape[1] == kv_length and attention_mask.all() else attention_mask
-    packed = patterns.get("packed_sequence_mask_function")
+    packed = _packed_sequences(mask_function)
     if packed is not None:
         return packed.to(SEQUENCE_NUMBERS)
-    if "causal_mask_function" in patterns and q_length is not None:
+    if q_length is not None and _maker(mask_function) != "bidirectional_mask_function":
         existing = int(q_offset) + q_length - kv_offset
         if existing < kv_length:
             return torch.ones(batch_size, existing, dtype=torch.bool, device=device)
@@ -163,6 +167,8 @@ def paged_attention_forward(
     read_index: list[Tensor],
     write_index: list[Tensor],
     block_table: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others: Any,
@@ -182,8 +188,7 @@ def paged_attention_forward(
     if block_table is not None:
         raise UnsupportedProblem(f"{PAGED_NAME} reads the cache through its indices; got a block_table")
     _refuse_unknown_arguments(None, others)
-    window = getattr(module, "sliding_window", None) or 0
-    layer_type = "sliding_attention" if window else "full_attention"
+    layer_type = "full_attention" if sliding_window is None else "sliding_attention"
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k[layer_type]
     if isinstance(max_seqlen_k, dict):
@@ -200,9 +205,9 @@ def paged_attention_forward(
         cu_seq_lens_k.to(torch.int32),
         max_seqlen_q,
         max_seqlen_k,
-        softmax_scale=others.get("scaling", getattr(module, "scaling", None)),
+        softmax_scale=scaling,
         causal=True,
-        window_size=(window - 1, 0) if window else (-1, -1),
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         softcap=softcap or 0.0,
         **_sink(s_aux),
     )
@@ -242,7 +247,11 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, existing: Tensor, words: dic
 
 def _numbered_by_positions(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The packed sequence of every token of a single row, None if there is but one: transformers' rule for flash attention."""
-    if position_ids is None or position_ids.dim() != 2 or q.shape[0] != 1 or not 1 < q.shape[1] == k.shape[1]:
+    if position_ids is None or position_ids.dim() != 2 or not 1 < q.shape[1] == k.shape[1]:
+        return None
+    if q.shape[0] > 1:
+        if torch.compiler.is_compiling():  # `make_mask` has seen to it otherwise
+            torch._assert_async((position_ids.diff(dim=-1) == 1).all(), ONE_SEQUENCE_A_ROW)
         return None
     numbers = (position_ids == position_ids.min()).cumsum(-1)
     return numbers.to(SEQUENCE_NUMBERS) if numbers[0, -1] > 1 else None
@@ -292,23 +301,32 @@ def _refuse_unknown_arguments(attention_mask: Tensor | None, others: dict[str, A
         raise UnsupportedProblem(f"{NAME} never computes the weights that output_attentions=True asks for")
 
 
-def _patterns(mask_function: Callable[..., Any] | None) -> Iterator[tuple[str, Any]]:
-    """The parts of a transformers mask function by the names of what made them, with the tensor that a part holds."""
-    if mask_function is None:
-        return
-    made_by = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".")[0]
+def _maker(mask_function: Callable[..., Any] | None) -> str:
+    """The function of transformers.masking_utils that made a mask function, or that it is."""
+    return getattr(mask_function, "__qualname__", "").split(".")[0]
+
+
+def _packed_sequences(mask_function: Callable[..., Any] | None) -> Tensor | None:
+    """The sequence of every token, (batch_size, seqlen), if the mask function keeps packed sequences apart.
+
+    Not while compiling, when closures cannot be read: `_numbered_by_positions` does it there.
+    """
+    if torch.compiler.is_compiling():
+        return None
     held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    yield made_by, next((x for x in held if isinstance(x, Tensor)), None)
-    for x in held:
-        for part in x if isinstance(x, tuple) else (x,):
-            if callable(part):
-                yield from _patterns(part)
+    if _maker(mask_function) == "packed_sequence_mask_function":
+        return next(x for x in held if isinstance(x, Tensor))
+    parts = (part for x in held for part in (x if isinstance(x, tuple) else (x,)) if callable(part))
+    return next((found for part in parts if (found := _packed_sequences(part)) is not None), None)
 
 
-def _refuse_unknown_patterns(patterns: dict[str, Any], use_vmap: bool, local_size: int | None, keys: int) -> None:
-    if "chunked_overlay" in patterns and local_size is not None and keys > local_size:
-        raise UnsupportedProblem(f"{NAME} has no chunks: {keys} keys, chunks of {local_size}")
-    if use_vmap or not patterns.keys().isdisjoint(("or_masks", "blockwise_overlay")):
+def _refuse_unknown_patterns(
+    mask_function: Callable[..., Any] | None, use_vmap: bool, local_size: int | None, keys: int, config: Any
+) -> None:
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk == local_size and keys > chunk:
+        raise UnsupportedProblem(f"{NAME} has no chunks: {keys} keys, chunks of {chunk}")
+    if use_vmap or _maker(mask_function) == "or_masks":
         raise UnsupportedProblem(
-            f"{NAME} computes causal, windowed, padded and packed attention; this model's mask also has {sorted(patterns)}"
+            f"{NAME} masks are causal, a window, padding or packed sequences; this model adds keys or takes others away"
         )

@@ -22,5 +22,5 @@ def test_an_absent_transformers_is_named(monkeypatch):
 def test_an_old_transformers_is_named_with_its_version(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    with pytest.raises(ImportError, match="needs transformers 5 or newer, found 4.57.1"):
+    with pytest.raises(ImportError, match=r"needs transformers 5 or newer, found 4\.57\.1"):
         register()
