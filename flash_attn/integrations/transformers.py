@@ -217,9 +217,15 @@ def paged_attention_forward(
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...], words: dict[str, Any]) -> Tensor:
     """Attention inside each of the sequences that lie end to end in the rows of a batch."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = lengths
-    cu_seqlens = (cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32))
     out = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), *cu_seqlens, max_seqlen_q, max_seqlen_k, **words
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_seqlens_q.to(torch.int32),
+        cu_seqlens_k.to(torch.int32),
+        max_seqlen_q,
+        max_seqlen_k,
+        **words,
     )
     return out.view_as(q)
 
@@ -280,7 +286,7 @@ def _compute_dtype(module: torch.nn.Module, query: Tensor) -> torch.dtype:
     return next((x.dtype for x in module.parameters() if x.is_floating_point()), query.dtype)
 
 
-def _sink(s_aux: Tensor | None) -> dict[str, Tensor]:
+def _sink(s_aux: Tensor | None) -> dict[str, Any]:
     if s_aux is None:
         return {}
     if "s_aux" not in inspect.signature(flash_attn_varlen_func).parameters:

@@ -1,6 +1,7 @@
 """diffusers' attention dispatcher on this package: its own checks, its keywords, its positional calls."""
 
 import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ CASES = [
     Case("full", BF16, 40, 4, 4, *LENGTHS),
     Case("causal", FP16, 64, 4, 4, (65, 65), (65, 65), causal=True),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def installed():
+    if "flash_attn" not in metadata.packages_distributions():
+        pytest.skip("flash-attn is not installed; `make setup` does it")
 
 
 def leaves(inputs):

@@ -4,6 +4,7 @@ Two names: "flash_attention_2", behind transformers' gates, and "fa_plus", which
 """
 
 import inspect
+from importlib import metadata
 
 import pytest
 import torch
@@ -35,9 +36,15 @@ def place(request):
     return torch.device(request.param), torch.float32 if request.param == "cpu" else torch.bfloat16
 
 
+def needs_the_distribution():
+    if "flash_attn" not in metadata.packages_distributions():
+        pytest.skip("flash-attn is not installed; `make setup` does it")
+
+
 @pytest.fixture
 def open_gate(monkeypatch):
     """transformers believes in a GPU; what it asks of the package stays."""
+    needs_the_distribution()
     check = transformers.utils.import_utils.is_flash_attn_2_available
     matrix = transformers.modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
     monkeypatch.setattr(transformers.utils.import_utils, "is_torch_cuda_available", lambda: True)
@@ -50,6 +57,8 @@ def open_gate(monkeypatch):
 @pytest.fixture(params=[PLUS, FA2])
 def implementation(request):
     """A name that models accept; flash_attention_2 on a machine without a GPU too."""
+    if request.param == FA2:
+        needs_the_distribution()
     if request.param == FA2 and not torch.cuda.is_available():
         request.getfixturevalue("open_gate")
     return request.param
