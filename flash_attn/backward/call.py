@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import dispatch, torch_ops
+from flash_attn.errors import UnsupportedProblem
 from flash_attn.problem import parse_window
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
@@ -42,6 +43,8 @@ def make_words(
     max_seqlen_k: int | None = None,
 ) -> Words:
     """The options as plain numbers: callers also pass one-element tensors."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UnsupportedProblem("torch.func.vmap and jvp of attention: put the mapped dimension into the batch")
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
     return Words(
