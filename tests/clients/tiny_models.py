@@ -88,6 +88,7 @@ MODELS: dict[str, Tiny] = {
         "GptOssConfig",
         "GptOssForCausalLM",
         GROUPED | dict(head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=2),
+        packs=False,
         sinks=True,
     ),
 }
