@@ -53,7 +53,7 @@ def register() -> str:
 
 def make_mask(
     batch_size: int,
-    q_length: int | None = None,
+    q_length: int = 0,
     kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
@@ -84,7 +84,7 @@ def make_mask(
     packed = _packed_sequences(mask_function)
     if packed is not None:
         return packed.to(SEQUENCE_NUMBERS)
-    if q_length is not None and _maker(mask_function) != "bidirectional_mask_function":
+    if q_length < kv_length and _maker(mask_function) != "bidirectional_mask_function":
         existing = int(q_offset) + q_length - kv_offset
         if existing < kv_length:
             return torch.ones(batch_size, existing, dtype=torch.bool, device=device)
