@@ -128,6 +128,7 @@ class PagedCache(Cache):
             InvalidArgument: a positive number, which once meant a length, or more tokens than there are.
         """
         pages = self._between_passes()
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation passes a tensor
         if tokens_to_remove > 0:
             raise InvalidArgument(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if pages is None or tokens_to_remove == 0:

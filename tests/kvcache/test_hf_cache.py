@@ -83,7 +83,7 @@ def test_crop_select_and_repeat_follow_dynamic_cache(model, prompts):
     with torch.no_grad():
         for cache in (paged, dynamic):
             model(ids, past_key_values=cache)
-            cache.crop(-3)
+            cache.crop(torch.tensor(-3))
             cache.batch_repeat_interleave(2)
             cache.batch_select_indices(torch.tensor([5, 0, 3, 3]))
             cache.reorder_cache(torch.tensor([1, 1, 0, 2]))
