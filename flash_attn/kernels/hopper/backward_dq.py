@@ -22,7 +22,7 @@ tensor-core descriptor.
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
-from flash_attn.kernels.hopper.backward_tiles import row_statistics, sequence_base, tile_weights
+from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, row_statistics, tile_weights
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -98,25 +98,6 @@ def load_partition(
     clear_counter(work)
 
 
-@gluon.constexpr_function
-def row_major_layout(columns):
-    """(64, columns) in registers as whole rows: 16-byte loads of 16-bit elements by neighbouring threads."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
-
-
-@gluon.jit
-def load_out(out, span, batch, head, rows, HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
-    """The out rows of one consumer; they need no place in shared memory, which is full."""
-    layout: gl.constexpr = row_major_layout(HEAD_DIM_PAD)
-    dims = gl.arange(0, HEAD_DIM_PAD, layout=gl.SliceLayout(0, layout))
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
-    mask = (rows < span.seqlen_q)[:, None]
-    if HEAD_DIM != HEAD_DIM_PAD:
-        mask = mask & (dims < HEAD_DIM)[None, :]
-    base = sequence_base(out, batch, head, span.start_q)
-    return gl.load(base + rows.to(gl.int64)[:, None] * out.stride_s + dims[None, :], mask=mask, other=0.0)
-
-
 @gluon.jit
 def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
     """rowsum(dout * out), one number a row."""
@@ -189,7 +170,8 @@ def dq_partition(
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, batch, head)
         rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
-        out_rows = load_out(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
+        out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD)))
+        out_rows = load_rows(out, span, batch, head, out_index, HEAD_DIM, HEAD_DIM_PAD)
         lse = gl.load(row_statistics(softmax_lse, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q,
                       other=float("-inf"))  # fmt: skip
         q_index = q_slot * CONSUMERS + CONSUMER

@@ -27,6 +27,24 @@ def sequence_base(t, batch, head, start):
     )
 
 
+@gluon.constexpr_function
+def row_major_layout(columns):
+    """Tiles of that many columns in registers as whole rows: neighbouring threads hold 8 neighbouring elements each."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def load_rows(t, span, batch, head, rows, HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+    """Rows of a query-like operand through registers; zero outside the sequence and the head dim."""
+    layout: gl.constexpr = rows.type.layout.parent
+    dims = gl.arange(0, HEAD_DIM_PAD, layout=gl.SliceLayout(0, layout))
+    mask = (rows < span.seqlen_q)[:, None]
+    if HEAD_DIM != HEAD_DIM_PAD:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    base = sequence_base(t, batch, head, span.start_q)
+    return gl.load(base + rows.to(gl.int64)[:, None] * t.stride_s + dims[None, :], mask=mask, other=0.0)
+
+
 @gluon.jit
 def row_statistics(t, batch, head, start):
     """Pointer to the per-row statistic of token 0 of one sequence and head."""

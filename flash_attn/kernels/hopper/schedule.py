@@ -11,7 +11,7 @@ from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_
 from flash_attn.kernels.algebra.span import Span, load_span
 from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
 
-TILE_FIELDS = gl.constexpr(8)
+TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
 
 
@@ -118,24 +118,17 @@ def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexp
 
 
 @gluon.jit
-def tile_sequence(span, work):
-    """(first token, length) of the sequence that a tile is a block of."""
-    if work.by_keys is not None:
-        start, seqlen = span.start_k, span.seqlen_k
-    else:
-        start, seqlen = span.start_q, span.seqlen_q
-    return start, seqlen
-
-
-@gluon.jit
 def next_tile(index, sequences, work, window, TILE: gl.constexpr):
     """The first tile from `index` on that has rows, drawing from the counter; num_tiles or more when there is none."""
     if sequences.cu_seqlens_q is not None:
         empty = index < work.num_tiles
         while empty:
             block, _head, batch = tile_at(index, work, window)
-            _start, seqlen = tile_sequence(tile_span(batch, sequences, work), work)
-            empty = block * TILE >= seqlen
+            span = tile_span(batch, sequences, work)
+            if work.by_keys is not None:
+                empty = block * TILE >= span.seqlen_k
+            else:
+                empty = block * TILE >= span.seqlen_q
             if empty:
                 index = gl.num_programs(0) + gl.atomic_add(work.counter, 1)
                 empty = index < work.num_tiles
@@ -148,11 +141,10 @@ def announce(tiles, slot, phase, index, sequences, work, window, TILE: gl.conste
     block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
     span = tile_span(batch, sequences, work)
     begin, end = tile_blocks(block, span, work, window, TILE, STEP)
-    start, _seqlen = tile_sequence(span, work)
     block = gl.where(index < work.num_tiles, block, -1)
     mbarrier.wait(tiles.empty.index(slot), phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    values = (block, head, batch, begin, end, start, span.seqlen_q, span.seqlen_k)
+    values = (block, head, batch, begin, end, span.start_q, span.start_k, span.seqlen_q, span.seqlen_k)
     for field in gl.static_range(TILE_FIELDS):
         tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
     mbarrier.arrive(tiles.full.index(slot), count=1)
@@ -167,13 +159,11 @@ def tile_field(tiles, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def announced_span(tiles, slot, work, PACKED: gl.constexpr):
-    """The span of an announced tile; consumers need no start but that of the tile's own sequence."""
+    """The span of an announced tile."""
     if PACKED:
-        start, seqlen_q, seqlen_k = tile_field(tiles, slot, 5), tile_field(tiles, slot, 6), tile_field(tiles, slot, 7)
+        span = Span(
+            tile_field(tiles, slot, 5), tile_field(tiles, slot, 6), tile_field(tiles, slot, 7), tile_field(tiles, slot, 8)
+        )
     else:
-        start, seqlen_q, seqlen_k = 0, work.seqlen_q, work.seqlen_k
-    if work.by_keys is not None:
-        span = Span(0, start, seqlen_q, seqlen_k)
-    else:
-        span = Span(start, 0, seqlen_q, seqlen_k)
+        span = Span(0, 0, work.seqlen_q, work.seqlen_k)
     return span
