@@ -88,7 +88,6 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
-    q, k, v = operands.q, operands.k, operands.v
     delta = torch.empty_like(softmax_lse)
     memo = {} if operands.memo is None else operands.memo
     launch = memo.get("backward")
@@ -96,8 +95,9 @@ def backward(
         from flash_attn.backends.hopper_backward import bind_backward
 
         launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
-    with device_guard(q.device):
-        launch(operands, dout, out, softmax_lse, delta, gradients, tile_counter(q.device))
+    device = operands.q.device
+    with device_guard(device):
+        launch(operands, dout, out, softmax_lse, delta, gradients, tile_counter(device))
     return delta
 
 

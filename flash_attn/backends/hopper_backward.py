@@ -233,7 +233,9 @@ def bind_one_pass(
     if q.dim() == 3:
         num_dq_blocks = q.shape[0] // config.block_m + fixed.batch_size + 1
     blocks = num_dq_blocks, num_m
-    launch_rows, launch_convert = _bind_rows(problem, operands, dout, out, softmax_lse, gradients.dq, config, fixed, blocks)
+    launch_rows, launch_convert = _bind_rows(
+        problem, operands, dout, out, softmax_lse, gradients.dq, config, fixed, blocks
+    )
     launch_products = _bind_products(problem, operands, dout, softmax_lse, gradients, config, fixed, blocks)
     size = nheads * num_dq_blocks * config.block_m * pad
 

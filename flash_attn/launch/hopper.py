@@ -80,7 +80,8 @@ def _choose(problem: AttentionProblem) -> HopperForwardConfig:
 def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
     """The configuration for the gradients of one problem.
 
-    One pass has 5 products instead of 7, but sums dq in an order that varies; at head dim 256 it does not fit the registers.
+    One pass has 5 products instead of 7, but sums dq in an order that varies; with large heads, or a softcap on blocks of 128
+    queries, it does not fit the registers.
     """
     return pinned_config("hopper_backward") or _choose_backward(problem)
 
@@ -88,7 +89,7 @@ def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | H
 @functools.lru_cache(maxsize=4096)
 def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
     pad = head_dim_pad(problem.headdim)
-    if problem.deterministic or pad not in ONE_PASS:
+    if problem.deterministic or pad not in ONE_PASS or (problem.softcap and ONE_PASS[pad].block_m == 128):
         bytes_k = 4 * problem.seqlen_k * pad // 2  # half of K and V, of which causal rows see half
         bytes_q = 4 * problem.seqlen_q * pad * (problem.nheads // problem.nheads_k)
         dq, dkdv = TWO_PASS[pad][problem.softcap or problem.alibi]
@@ -97,7 +98,7 @@ def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperT
             tuple(config._replace(heads_together=_heads_in_cache(problem, bytes_q)) for config in dkdv),
         )
     bytes_q = 8 * problem.seqlen_q * pad * (problem.nheads // problem.nheads_k)  # Q, dout and dq in fp32
-    return ONE_PASS[pad][problem.softcap or problem.alibi]._replace(heads_together=_heads_in_cache(problem, bytes_q))
+    return ONE_PASS[pad]._replace(heads_together=_heads_in_cache(problem, bytes_q))
 
 
 def _heads_in_cache(problem: AttentionProblem, bytes_per_head: int) -> int:
@@ -128,11 +129,7 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
         ),
     ),
 }
-# (plain scores, softcap or ALiBi)
-ONE_PASS = {
-    64: (HopperOnePassConfig(128, 2, 240, 1), HopperOnePassConfig(128, 2, 240, 1)),
-    128: (HopperOnePassConfig(64, 2, 240, 1), HopperOnePassConfig(64, 2, 240, 1)),
-}
+ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 
 # (not causal, causal); H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {

@@ -28,7 +28,6 @@ from flash_attn.kernels.hopper.backward_tiles import (
     allocate_statistics,
     load_statistic,
     next_group_block,
-    row_statistics,
     tile_weights,
 )
 from flash_attn.kernels.hopper.pipeline import (
@@ -218,10 +217,14 @@ def dkdv_partition(
             BLOCK_M, HEAD_DIM_PAD, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
         )  # fmt: skip
         if WITH_DV:
-            store_gradient(dv_desc, v_ring.buffers.index(k_index), dv, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+            store_gradient(
+                dv_desc, v_ring.buffers.index(k_index), dv, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED
+            )
         if WITH_DK:
             dk = dk * gradient_scale(score)
-            store_gradient(dk_desc, k_ring.buffers.index(k_index), dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+            store_gradient(
+                dk_desc, k_ring.buffers.index(k_index), dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED
+            )
         tma.store_wait(0)
         mbarrier.arrive(k_ring.empty.index(k_index), count=1)
         if WITH_DK:

@@ -67,7 +67,9 @@ STAGES = gl.constexpr(2)  # of every ring: the dS of a block lies in the slot of
 
 
 @gluon.jit
-def product_dq(ds_ring, k_ring, slot, k_slot, CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+def product_dq(
+    ds_ring, k_ring, slot, k_slot, CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr
+):
     """Issue one consumer's part of dQ = dS K: 64 columns of a block of 64 rows, or 64 rows of a block of 128."""
     left = matrix(ds_ring, slot * 2, WARPGROUP_ROWS, BLOCK_M)
     left_too = matrix(ds_ring, slot * 2 + 1, WARPGROUP_ROWS, BLOCK_M)
@@ -163,15 +165,15 @@ def accumulate(
         dp = warpgroup_mma_wait(0, deps=(dp,))
         delta = row_delta.index(slot).load(lanes)[None, :]
         ds = score_backward(softmax_backward(weights, dp, delta), qk, score).to(dtype)
-        old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)  # of the block before
-        mbarrier.wait(dout_ring.empty.index(old_slot), old_phase, pred=step > 0)
+        old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)  # of the block before, maybe in the tile before
+        mbarrier.wait(dout_ring.empty.index(old_slot), old_phase)
         matrix(ds_ring, slot * 2 + CONSUMER, WARPGROUP_ROWS, BLOCK_M).store(ds)
         fence_async_shared()
         mbarrier.arrive(ds_ring.full.index(slot * 2 + CONSUMER), count=1)
         p = gl.convert_layout(weights.to(dtype), operand)
         dv = warpgroup_mma(p, dout_tile, dv, is_async=True)
         ds = gl.convert_layout(ds, operand)
-        mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase, pred=step > 0)
+        mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
         # in the first step this multiplies whatever lies there, and nothing adds it
         dq = product_dq(ds_ring, k_ring, old_slot, k_index, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
         dk = warpgroup_mma(ds, q_tile, dk, is_async=True)

@@ -78,9 +78,7 @@ def load_tile(descriptor, coordinates, barrier, buffer):
 
 
 @gluon.jit
-def fill(
-    ring, slot, phase, descriptor, span_start, seqlen, first, batch, head, PACKED: gl.constexpr
-):
+def fill(ring, slot, phase, descriptor, span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
     """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free."""
     mbarrier.wait(ring.empty.index(slot), phase)
     coordinates = row_coordinates(span_start, seqlen, first, batch, head, PACKED)

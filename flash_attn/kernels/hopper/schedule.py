@@ -162,7 +162,10 @@ def announced_span(tiles, slot, work, PACKED: gl.constexpr):
     """The span of an announced tile."""
     if PACKED:
         span = Span(
-            tile_field(tiles, slot, 5), tile_field(tiles, slot, 6), tile_field(tiles, slot, 7), tile_field(tiles, slot, 8)
+            tile_field(tiles, slot, 5),
+            tile_field(tiles, slot, 6),
+            tile_field(tiles, slot, 7),
+            tile_field(tiles, slot, 8),
         )
     else:
         span = Span(0, 0, work.seqlen_q, work.seqlen_k)
