@@ -106,61 +106,45 @@ def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
 
 
 @gluon.jit
-def block_gradient(
-    qk, q_ring, dout_ring, v_ring, q_index, v_slot, v_phase, row_lse, row_delta, rows, n_block, full_begin, full_end, span,
-    window, score, slope, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
-):  # fmt: skip
-    """dS of one key block as a left operand, and its v released."""
-    layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(HEAD_DIM_PAD), 2)
-    dout_tile = matrix(dout_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-    dp = product(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
-    cols = (n_block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)))[None, :]
-    masked = (n_block < full_begin) | (n_block >= full_end)
-    weights = tile_weights(qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
-    dqk = score_backward(softmax_backward(weights, dp, along_rows(row_delta, layout)), qk, score)
-    return gl.convert_layout(dqk.to(q_ring.buffers.dtype), operand)
-
-
-@gluon.jit
 def accumulate_dq(
     q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows, begin, end,
     full_begin, full_end, span, window, score, slope,
     BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of dS K over key blocks [begin, end)."""
-    dq = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, accumulator_layout(HEAD_DIM_PAD))
+    layout: gl.constexpr = accumulator_layout(BLOCK_N)
+    dq_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
+    operand: gl.constexpr = gl.DotOperandLayout(0, dq_layout, 2)
+    dtype: gl.constexpr = q_ring.buffers.dtype
+    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    dq = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, dq_layout)
     mbarrier.wait(k_ring.full.index(k_slot), k_phase)
     q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
     qk = product(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
     qk = warpgroup_mma_wait(0, deps=(qk,))
-    for n_block in range(begin, end - 1):
+    gl.assume(end > begin)
+    for n_block in range(begin, end):
         index = q_index + loop_variant(n_block)
-        ds = block_gradient(
-            qk, q_ring, dout_ring, v_ring, index, v_slot, v_phase, row_lse, row_delta, rows, n_block, full_begin, full_end,
-            span, window, score, slope, BLOCK_N, HEAD_DIM_PAD,
-        )  # fmt: skip
+        q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        dout_tile = matrix(dout_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
+        dp = product(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
+        cols = (n_block * BLOCK_N + lanes)[None, :]
+        masked = (n_block < full_begin) | (n_block >= full_end)
+        weights = tile_weights(qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+        dqk = score_backward(softmax_backward(weights, dp, along_rows(row_delta, layout)), qk, score)
+        ds = gl.convert_layout(dqk.to(dtype), operand)
         dq = warpgroup_mma(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, is_async=True)
         old_slot = k_slot
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase)
-        q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        # behind the last block this multiplies whatever lies there, and nothing reads it
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=n_block + 1 < end)
         qk = product(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
         dq, qk, ds = warpgroup_mma_wait(0, deps=(dq, qk, ds))
         mbarrier.arrive(k_ring.empty.index(old_slot), count=1)
-    ds = block_gradient(
-        qk, q_ring, dout_ring, v_ring, q_index, v_slot, v_phase, row_lse, row_delta, rows, end - 1, full_begin, full_end,
-        span, window, score, slope, BLOCK_N, HEAD_DIM_PAD,
-    )  # fmt: skip
-    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-    dq = warpgroup_mma(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, is_async=True)
-    dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))
-    mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
-    k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
     return dq, k_slot, k_phase, v_slot, v_phase
 
 
