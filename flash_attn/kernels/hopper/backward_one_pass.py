@@ -313,12 +313,15 @@ def attn_bwd_convert_kernel(
     span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
     order: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     layout: gl.constexpr = row_major_layout(PART)
+    dtype: gl.constexpr = dq.ptr.dtype.element_ty
+    staging = gl.allocate_shared_memory(dtype, [2, PART, PART], gl.NVMMASharedLayout(128, 16, rank=2))
     if m_block * BLOCK_M < span.seqlen_q:
         block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
         offsets = gl.arange(0, PART * PART, layout=order)
         for part in gl.static_range(2):
             base = part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
-            tile = gl.convert_layout(in_matrix_order(gl.load(base + offsets)), layout) * gradient_scale(score)
+            tile = in_matrix_order(gl.load(base + offsets)) * gradient_scale(score)
+            staging.index(part).store(tile.to(dtype))
             rows = m_block * BLOCK_M + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
             dims = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
             if BLOCK_M == PART:
@@ -329,4 +332,4 @@ def attn_bwd_convert_kernel(
             if HEAD_DIM != HEAD_DIM_PAD:
                 mask = mask & (dims < HEAD_DIM)[None, :]
             pointers = sequence_base(dq, batch, head, span.start_q) + rows.to(gl.int64)[:, None] * dq.stride_s
-            gl.store(pointers + dims[None, :], tile.to(dq.ptr.dtype.element_ty), mask=mask)
+            gl.store(pointers + dims[None, :], staging.index(part).load(layout), mask=mask)
