@@ -1,4 +1,4 @@
-"""Launches kernels/hopper: the forward of fp16 and bf16 attention on Hopper, warp-specialised and persistent."""
+"""Launches kernels/hopper: fp16 and bf16 attention on Hopper, warp-specialised and persistent."""
 
 import functools
 import math
@@ -19,7 +19,6 @@ from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
-forward_only = "its backward kernels are those of the portable backend"
 
 WORTHWHILE = 1 << 31  # queries * keys * heads * head dim * batch below which the host's time decides
 
@@ -86,8 +85,18 @@ def backward(
     softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Not computed here: the table of backends takes the next one that can."""
-    raise UnsupportedProblem(f"backend {name!r} computes no gradients", {name: forward_only})
+    """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
+    delta = torch.empty_like(softmax_lse)
+    memo = {} if operands.memo is None else operands.memo
+    launch = memo.get("backward")
+    if launch is None:
+        from flash_attn.backends.hopper_backward import bind_backward
+
+        launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+    device = operands.q.device
+    with device_guard(device):
+        launch(operands, dout, out, softmax_lse, delta, gradients, tile_counter(device))
+    return delta
 
 
 def attend_cache(
