@@ -150,6 +150,8 @@ def accumulate_dkdv(
             delta = row_delta.index(d_slot).load(lanes)[None, :]
             dqk = score_backward(softmax_backward(weights, dp, delta), qk, score)
             ds = gl.convert_layout(dqk.to(dtype), operand)
+            if not WITH_DV:
+                mbarrier.arrive(dout_ring.empty.index(d_slot), count=1)
         if WITH_DV:
             p = gl.convert_layout(weights.to(dtype), operand)
             dv = warpgroup_mma(p, dout_tile, dv, is_async=True)
@@ -169,7 +171,7 @@ def accumulate_dkdv(
                 dv, p = warpgroup_mma_wait(2, deps=(dv, p))
             else:
                 dv, p = warpgroup_mma_wait(1, deps=(dv, p))
-        mbarrier.arrive(dout_ring.empty.index(old_d), count=1)
+            mbarrier.arrive(dout_ring.empty.index(old_d), count=1)
         if WITH_DK:
             dk, qk, ds = warpgroup_mma_wait(0, deps=(dk, qk, ds))
         else:
