@@ -95,13 +95,15 @@ def load_partition(
         for _step in range((end - begin) * work.group):
             first = m_block * BLOCK_M
             lse = load_statistic(softmax_lse, batch, head, span, first, float("-inf"), BLOCK_M)
+            if WITH_DK:
+                row_deltas = load_statistic(delta, batch, head, span, first, 0.0, BLOCK_M)
             fill(q_ring, q_slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
             row_lse.index(q_slot).store(lse_log2(lse))
             mbarrier.arrive(q_ring.full.index(q_slot), count=1)
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             fill(dout_ring, d_slot, d_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
             if WITH_DK:
-                row_delta.index(d_slot).store(load_statistic(delta, batch, head, span, first, 0.0, BLOCK_M))
+                row_delta.index(d_slot).store(row_deltas)
                 mbarrier.arrive(dout_ring.full.index(d_slot), count=1)
             d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
             head, m_block = next_group_block(head, m_block, begin, end)

@@ -118,10 +118,11 @@ def part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M: gl.constexpr
 
 @gluon.jit
 def reduce_part(pointer, part, present):
-    """Add one part of dq to the workspace: one 16-byte reduction for every 4 numbers of a thread."""
+    """Add one part of dq to the workspace if it is present: one 16-byte reduction for every 4 numbers of a thread."""
     numbers = in_register_order(part)
     offsets = gl.arange(0, PART * PART, layout=numbers.type.layout)
-    gl.atomic_add(pointer + offsets, numbers, mask=offsets * 0 + present.to(gl.int32) > 0, sem="relaxed")
+    if present:
+        gl.atomic_add(pointer + offsets, numbers, sem="relaxed")
 
 
 @gluon.jit
