@@ -300,6 +300,7 @@ def _bind_products(
         "HEAD_DIM_PAD": pad,
         "BLOCK_M": config.block_m,
         "K_STAGES": config.k_stages,
+        "V_STAGES": config.v_stages,
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 7, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)

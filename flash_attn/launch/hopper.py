@@ -48,6 +48,7 @@ class HopperOnePassConfig(NamedTuple):
 
     block_m: int  # queries of a loop step: a consumer's part of their dq is 64 x 64
     k_stages: int
+    v_stages: int
     registers: int
     heads_together: int
 
@@ -130,7 +131,7 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
         ),
     ),
 }
-ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
+ONE_PASS = {64: HopperOnePassConfig(128, 2, 2, 240, 1), 128: HopperOnePassConfig(64, 1, 2, 240, 1)}
 
 # (not causal, causal); H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {
