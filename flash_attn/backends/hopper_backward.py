@@ -46,7 +46,7 @@ def bind_backward(
     regular = [tensor_maps.regular(x) for x in (dout, *gradients)]
     if all(regular):
         return _bind_regular(problem, operands, dout, out, softmax_lse, gradients)
-    dout = dout if regular[0] else dout.contiguous()
+    dout = dout if regular[0] else _copy(dout)
     inner = Gradients(*(_like(x, same) for x, same in zip(gradients, regular[1:], strict=True)))
     launch = _bind_regular(problem, operands, dout, out, softmax_lse, inner)
 
@@ -54,12 +54,16 @@ def bind_backward(
                counter: Tensor) -> None:  # fmt: skip
         """Tensor maps cannot reach these tensors where they are."""
         inner = Gradients(*(_like(x, same) for x, same in zip(gradients, regular[1:], strict=True)))
-        launch(operands, dout if regular[0] else dout.contiguous(), out, softmax_lse, delta, inner, counter)
+        launch(operands, dout if regular[0] else _copy(dout), out, softmax_lse, delta, inner, counter)
         for target, result in zip(gradients, inner, strict=True):
             if target is not result:
                 target.copy_(result)
 
     return copied
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _like(x: Tensor, same: bool) -> Tensor:
@@ -300,7 +304,6 @@ def _bind_products(
         "HEAD_DIM_PAD": pad,
         "BLOCK_M": config.block_m,
         "K_STAGES": config.k_stages,
-        "V_STAGES": config.v_stages,
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 7, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)

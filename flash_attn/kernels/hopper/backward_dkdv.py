@@ -68,13 +68,12 @@ from flash_attn.kernels.hopper.schedule import (
 def load_partition(
     q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta,
     sequences, work, window,
-    CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
     BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1
-    q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1
+    t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1, 0, 1, 0, 1
     index = next_tile(gl.program_id(0), sequences, work, window, BLOCK_N)
     announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
     t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
@@ -83,13 +82,12 @@ def load_partition(
         span = tile_span(batch, sequences, work)
         begin, end = tile_blocks(n_block, span, work, window, BLOCK_N, BLOCK_M)
         for consumer in gl.static_range(CONSUMERS):
-            k_index, v_index = k_slot * CONSUMERS + consumer, v_slot * CONSUMERS + consumer
+            slot = k_slot * CONSUMERS + consumer
             first = n_block * BLOCK_N + consumer * WARPGROUP_ROWS
-            fill(k_ring, k_index, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
+            fill(k_ring, slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
             if WITH_DK:
-                fill(v_ring, v_index, v_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
+                fill(v_ring, slot, k_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
         index = next_tile(gl.num_programs(0) + gl.atomic_add(work.counter, 1), sequences, work, window, BLOCK_N)
         announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
@@ -277,6 +275,6 @@ def attn_bwd_dkdv_kernel(
                           score, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
                           PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
-                          row_lse, row_delta, sequences, work, window, CONSUMERS, BLOCK_M, K_STAGES, K_STAGES, Q_STAGES,
-                          DOUT_STAGES, WITH_DK, PACKED)),
+                          row_lse, row_delta, sequences, work, window, CONSUMERS, BLOCK_M, K_STAGES, Q_STAGES, DOUT_STAGES,
+                          WITH_DK, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

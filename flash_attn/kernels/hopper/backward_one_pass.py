@@ -127,7 +127,7 @@ def reduce_part(pointer, part, present):
 
 @gluon.jit
 def accumulate(
-    k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, v_slot, slot, phase, first_key, begin, end,
+    k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin, end,
     full_begin, full_end, head, batch, first_block, num_dq_blocks, span, window, work, score,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
 ):  # fmt: skip
@@ -152,9 +152,9 @@ def accumulate(
     steps = (end - begin) * work.group
     gl.assume(steps > 0)
     for step in range(steps):
-        k_index, v_index = k_slot + loop_variant(step), v_slot + loop_variant(step)
+        k_index = k_slot + loop_variant(step)
         k_tile = matrix(k_ring, k_index * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
-        v_tile = matrix(v_ring, v_index * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        v_tile = matrix(v_ring, k_index * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
         q_tile = matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD)
         dout_tile = matrix(dout_ring, slot, BLOCK_M, HEAD_DIM_PAD)
         mbarrier.wait(dout_ring.full.index(slot), phase)
@@ -201,11 +201,11 @@ def one_pass_partition(
     dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta,
     work, window, score,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, PACKED: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
     BLOCK_N: gl.constexpr = 2 * WARPGROUP_ROWS
-    t_slot, t_phase, k_slot, k_phase, v_slot, v_phase, slot, phase = 0, 0, 0, 0, 0, 0, 0, 0
+    t_slot, t_phase, k_slot, k_phase, slot, phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(tiles.full.index(t_slot), t_phase)
     while tile_field(tiles, t_slot, 0) >= 0:
         first_key = tile_field(tiles, t_slot, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
@@ -218,11 +218,11 @@ def one_pass_partition(
         full_begin, full_end = full_query_blocks(first_key, span, window, BLOCK_M)
         mbarrier.wait(k_ring.full.index(k_slot * 2), k_phase)
         mbarrier.wait(k_ring.full.index(k_slot * 2 + 1), k_phase)
-        v_index = v_slot * 2 + CONSUMER
-        mbarrier.wait(v_ring.full.index(v_index), v_phase)
+        v_index = k_slot * 2 + CONSUMER
+        mbarrier.wait(v_ring.full.index(v_index), k_phase)
         dk, dv, last, slot, phase = accumulate(
-            k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, v_slot, slot, phase, first_key,
-            begin, end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, span, window, work, score,
+            k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin,
+            end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, span, window, work, score,
             CONSUMER, BLOCK_M, HEAD_DIM_PAD,
         )  # fmt: skip
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)
@@ -240,7 +240,6 @@ def one_pass_partition(
         tma.store_wait(0)
         mbarrier.arrive(v_ring.empty.index(v_index), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)
 
 
@@ -249,14 +248,13 @@ def attn_bwd_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, softmax_lse, delta, sequences, score, counter,
     num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
     window_right, nheads, group,
-    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, 1)
     window = Window(window_left, window_right)
     k_ring = allocate_ring(k_desc, K_STAGES * 2, 2)
-    v_ring = allocate_ring(v_desc, V_STAGES * 2, 1)
+    v_ring = allocate_ring(v_desc, K_STAGES * 2, 1)
     q_ring = allocate_ring(q_desc, STAGES, 2, 2)
     dout_ring = allocate_ring(dout_desc, STAGES, 2, 2)
     row_lse = allocate_statistics(STAGES, BLOCK_M)
@@ -267,14 +265,11 @@ def attn_bwd_kernel(
     tiles = allocate_tiles(2)
     gl.warp_specialize([
         (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
-                              ds_ring, row_lse, row_delta, work, window, score, 0, BLOCK_M, HEAD_DIM_PAD, K_STAGES,
-                              V_STAGES, PACKED)),
+                              ds_ring, row_lse, row_delta, work, window, score, 0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
         (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
-                              ds_ring, row_lse, row_delta, work, window, score, 1, BLOCK_M, HEAD_DIM_PAD, K_STAGES,
-                              V_STAGES, PACKED)),
+                              ds_ring, row_lse, row_delta, work, window, score, 1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
-                          row_lse, row_delta, sequences, work, window, 2, BLOCK_M, K_STAGES, V_STAGES, STAGES, STAGES, True,
-                          PACKED)),
+                          row_lse, row_delta, sequences, work, window, 2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
