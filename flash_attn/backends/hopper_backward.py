@@ -233,7 +233,7 @@ def bind_one_pass(
     q = operands.q
     pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
     nheads, num_m = q.shape[-2], math.ceil(operands.max_seqlen_q / config.block_m)
-    num_dq_blocks = fixed.batch_size * num_m
+    num_dq_blocks = fixed.batch_size * num_m + 1
     if q.dim() == 3:
         num_dq_blocks = q.shape[0] // config.block_m + fixed.batch_size + 1
     blocks = num_dq_blocks, num_m

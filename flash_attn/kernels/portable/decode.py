@@ -109,10 +109,11 @@ def attn_decode_merge_kernel(
     for first in tl.range(0, num_splits, BLOCK_SPLITS):
         parts = first + tl.arange(0, BLOCK_SPLITS)
         lse = tl.load(part_lse + first_part + parts, mask=parts < num_splits, other=float("-inf"))
-        mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
-        acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
+        if tl.max(lse, 0) > float("-inf"):  # contracted to a fused multiply-add, the rescaling by 1 would move the last bit
+            mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
+            tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+            weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
+            acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
     inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E)
     values = (acc * inverse_sum).to(out.ptr.dtype.element_ty)
     tl.store(sequence_base(out, batch, head, query) + dims, values, mask=dims < HEAD_DIM)
