@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import decode, host, report, run, timing
+from benchmarks import decode, host, report, run, timing, training
 from benchmarks.cases import SWEEPS, Case, comparison_groups, plain, sweep_cases, visible_pairs
 from benchmarks.prewarm import share_kernels
 from benchmarks.providers import PROVIDERS, Provider, canonical_window, installed, launch, make_inputs
@@ -272,6 +272,21 @@ def test_a_tiny_decode_run(tmp_path, capsys):
             assert row["error"] < 1e-4 and row["host_us"] > 0
     table = report.decode_section(document)
     assert case.name in table and "page 16" in table
+
+
+def test_a_tiny_training_run(tmp_path, capsys):
+    words = ["--tiny", "--steps", "2", "--providers", "ours", "math", "--device", "cpu", "--out", str(tmp_path)]
+    assert training.main(words) == 0
+    rows = json.loads((tmp_path / "training.json").read_text())["training"]
+    assert [row["provider"] for row in rows] == ["ours", "math"]
+    assert all(row["median_ms"] > 0.0 for row in rows) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)
+    assert "ms a step" in report.generated_part(tmp_path)
+
+
+def test_training_runs_must_agree(monkeypatch):
+    monkeypatch.setitem(training.ATTENTIONS, "math", lambda q, k, v: 5.0 * q)
+    with pytest.raises(RuntimeError, match="losses of the first batch differ"):
+        training.measure(["ours", "math"], training.TINY, torch.device("cpu"), 1)
 
 
 def test_a_wrong_decode_result_is_refused(monkeypatch):

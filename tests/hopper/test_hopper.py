@@ -67,7 +67,7 @@ def check(case: Case, device: torch.device, seed: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("case", SERVED, ids=str)
+@pytest.mark.parametrize("case", SERVED[::2], ids=str)  # each compiles four kernels
 def test_cases_forward_and_backward(case, device, seed, plans):
     inputs = make_inputs(case, device, seed)
     results, _ = calls.forward_and_backward(case, inputs, seed)

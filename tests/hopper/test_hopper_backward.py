@@ -40,10 +40,9 @@ def check(case: Case, device: torch.device, seed: int, deterministic: bool) -> N
 
 @on_hopper
 @both_ways
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("headdim", [8, 40, 64, 80, 96, 128, 160, 192, 256])
-def test_head_dims(headdim, dtype, deterministic, device, seed):
-    check(Case("head-dims", dtype, headdim, 4, 2, (200, 200), (333, 333), causal=True), device, seed, deterministic)
+def test_head_dims(headdim, deterministic, device, seed):
+    check(Case("head-dims", FP16, headdim, 4, 2, (200, 200), (333, 333), causal=True), device, seed, deterministic)
 
 
 EDGES = [(n, n) for n in (1, 63, 64, 65, 127, 128, 129, 193, 257)]
