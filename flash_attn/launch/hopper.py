@@ -72,7 +72,9 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT)):
+    if pad == 64 and max(problem.seqlen_q, problem.seqlen_k) <= SHORT and problem.window[0] is None:
+        return TWO_CONSUMERS_SHORT
+    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT_CAUSAL)):
         return TWO_CONSUMERS
     return FORWARD[pad][problem.causal]
 
@@ -155,5 +157,8 @@ FORWARD = {
 }
 # where tiles of 192 rows waste more on the diagonal than they gain, and where masks of two sides do not fit the 160 registers
 # of three consumers' threads
-SHORT = 2048  # tokens
+SHORT_CAUSAL = 2048  # tokens
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 2, True, False, 240, 8)
+# where the last of the tiles of 192 rows is a third full; a third stage is worth 8 % here and costs 2 % at 4k tokens
+SHORT = 1024
+TWO_CONSUMERS_SHORT = TWO_CONSUMERS._replace(num_stages=3)
