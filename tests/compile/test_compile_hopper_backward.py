@@ -20,6 +20,7 @@ BUDGETS: dict[tuple[str | None, int | None, str | None], tuple[int, str]] = {
         400,
         "all score features at once; each alone keeps the loop within 100 bytes",
     ),
+    ("attn_bwd_kernel", 128, None): (136, "one stage of K and V: around the loop; none inside"),
     ("attn_bwd_dkdv_kernel", 128, "scores"): (400, "all score features at once"),
     ("attn_bwd_dq_kernel", 64, "scores"): (448, "all score features at once"),
     ("attn_bwd_dq_kernel", 256, None): (448, "around the loop, where out is multiplied by dout; none inside"),
