@@ -108,7 +108,7 @@ def flash_attn_func(
         window_size: (left, right) keys visible on each side of the diagonal, inclusive; -1 is unbounded.
         softcap: c > 0 replaces a score s by c * tanh(s / c); 0 is off.
         alibi_slopes: (nheads,) or (batch_size, nheads), fp32; adds -slope * |i + seqlen_k - seqlen_q - j| to a score.
-        deterministic: bitwise reproducible gradients; the portable kernels always are.
+        deterministic: bitwise reproducible gradients; only dq of the Hopper kernels is not by default.
         return_attn_probs: also return softmax_lse and S_dmask, for tests.
 
     Returns:
