@@ -20,9 +20,10 @@ tensor-core descriptor.
 """
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.locate import row_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
-from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, row_statistics, tile_weights
+from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, tile_weights
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     accumulator_layout,
@@ -172,12 +173,12 @@ def dq_partition(
         rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
         out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD)))
         out_rows = load_rows(out, span, batch, head, out_index, HEAD_DIM, HEAD_DIM_PAD)
-        lse = gl.load(row_statistics(softmax_lse, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q,
+        lse = gl.load(row_base(softmax_lse, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q,
                       other=float("-inf"))  # fmt: skip
         q_index = q_slot * CONSUMERS + CONSUMER
         mbarrier.wait(dout_ring.full.index(q_index), q_phase)
         row_delta = row_delta_of(out_rows, matrix(dout_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), row_layout)
-        gl.store(row_statistics(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
+        gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
         mbarrier.wait(q_ring.full.index(q_index), q_phase)
         dq, k_slot, k_phase, v_slot, v_phase = accumulate_dq(
             q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, lse_log2(lse), row_delta, rows,

@@ -22,6 +22,7 @@ The order of the sum varies from run to run; dk and dv are summed in one fixed o
 """
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
 from flash_attn.kernels.algebra.softmax import softmax_backward
 from flash_attn.kernels.algebra.span import load_span
@@ -31,8 +32,6 @@ from flash_attn.kernels.hopper.backward_tiles import (
     load_rows,
     next_group_block,
     row_major_layout,
-    row_statistics,
-    sequence_base,
     tile_weights,
 )
 from flash_attn.kernels.hopper.pipeline import (
@@ -298,7 +297,7 @@ def attn_bwd_rows_kernel(
         out_rows = load_rows(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
         dout_rows = load_rows(dout, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
         row_delta = gl.sum(out_rows.to(gl.float32) * dout_rows.to(gl.float32), 1)
-        gl.store(row_statistics(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
+        gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
         block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
         numbers: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         offsets = gl.arange(0, BLOCK_M * HEAD_DIM_PAD, layout=numbers)

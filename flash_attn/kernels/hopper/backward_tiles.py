@@ -1,6 +1,7 @@
 """What the Hopper backward passes share: the weights of a tile recomputed, and addresses of rows."""
 
 from flash_attn.kernels.algebra.interval import hide, key_interval
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_weights
 from flash_attn.kernels.hopper.pipeline import gl, gluon
@@ -14,17 +15,6 @@ def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope):
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, cols, lo, hi, window)
     return softmax_weights(tile, unit_log2(score), row_lse)
-
-
-@gluon.jit
-def sequence_base(t, batch, head, start):
-    """Pointer to token 0 of one sequence and head."""
-    return (
-        t.ptr
-        + gl.cast(batch, gl.int64) * t.stride_b
-        + gl.cast(head, gl.int64) * t.stride_h
-        + gl.cast(start, gl.int64) * t.stride_s
-    )
 
 
 @gluon.constexpr_function
@@ -46,12 +36,6 @@ def load_rows(t, span, batch, head, rows, HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: 
 
 
 @gluon.jit
-def row_statistics(t, batch, head, start):
-    """Pointer to the per-row statistic of token 0 of one sequence and head."""
-    return t.ptr + gl.cast(batch, gl.int64) * t.stride_b + gl.cast(head, gl.int64) * t.stride_h + start
-
-
-@gluon.jit
 def allocate_statistics(DEPTH: gl.constexpr, BLOCK_M: gl.constexpr):
     """Room in shared memory for one fp32 number of every row of DEPTH query blocks."""
     return gl.allocate_shared_memory(gl.float32, [DEPTH, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -62,7 +46,7 @@ def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
     """Per-row statistics of one query block, in the registers of one warp; `other` past the end of the sequence."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = first + gl.arange(0, BLOCK_M, layout=layout)
-    return gl.load(row_statistics(t, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q, other=other)
+    return gl.load(row_base(t, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q, other=other)
 
 
 @gluon.jit

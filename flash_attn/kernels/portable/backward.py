@@ -15,11 +15,12 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_weights
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds
-from flash_attn.kernels.portable.tiles import load_rows, row_base, sequence_base, store_rows
+from flash_attn.kernels.portable.tiles import load_rows, store_rows
 
 
 @triton.jit

@@ -12,11 +12,11 @@ import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Dropout, Pages, Sequences, Window
 from flash_attn.kernels.algebra.interval import key_blocks
+from flash_attn.kernels.algebra.locate import sequence_base
 from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import attend
-from flash_attn.kernels.portable.tiles import sequence_base
 
 
 @triton.jit
@@ -109,7 +109,9 @@ def attn_decode_merge_kernel(
     for first in tl.range(0, num_splits, BLOCK_SPLITS):
         parts = first + tl.arange(0, BLOCK_SPLITS)
         lse = tl.load(part_lse + first_part + parts, mask=parts < num_splits, other=float("-inf"))
-        if tl.max(lse, 0) > float("-inf"):  # contracted to a fused multiply-add, the rescaling by 1 would move the last bit
+        if tl.max(lse, 0) > float(
+            "-inf"
+        ):  # contracted to a fused multiply-add, the rescaling by 1 would move the last bit
             mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
             tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
             weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
