@@ -121,29 +121,26 @@ def attend(
 
 def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes the gradients of the call whose `save` kept these tensors."""
-    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     words: Words = ctx.words
+    q, *_, block_table = saved
+    if ctx.plan is not None and not torch_ops.observed(q):
+        dispatch.differentiate(ctx.plan, saved, dout, dq, dk, dv, words.deterministic)
+        return
+    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, _ = saved
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not torch_ops.observed(q) or block_table is not None:
-        dispatch.backward(
-            *tensors,
-            *numbers,
-            words.deterministic,
-            rng_state,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=words.max_seqlen_q,
-            max_seqlen_k=words.max_seqlen_k,
-            block_table=block_table,
-            forward_plan=ctx.plan,
-        )
-    elif cu_seqlens_q is None:
-        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
+    rest = (words.deterministic, rng_state)
+    if cu_seqlens_q is None:
+        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, *rest)
+        return
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    if block_table is None:
+        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, *rest)
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
-        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, words.deterministic, rng_state)
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        pages = dict(zip(names, lengths, strict=True), block_table=block_table)
+        dispatch.backward(*tensors, *numbers, *rest, **pages)  # which the operator does not take
 
 
 def save(
