@@ -70,10 +70,8 @@ def _keep(key: Any, plan: Plan) -> Plan:
     return plan
 
 
-def _traits(x: Tensor | None) -> Any:
+def _traits(x: Tensor) -> Any:
     """What a plan may depend on in a tensor; tensor descriptors need 16-byte alignment."""
-    if x is None:
-        return None
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
 
@@ -105,7 +103,7 @@ def forward(
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = (requested_backend(), launch.pins())
-    key = (*map(_traits, (q, k, v, *optional)), options, scope)
+    key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional)], options, scope)
     plan = _plans.get(key)
     if plan is None:
         copies = contiguous_last(q), contiguous_last(k), contiguous_last(v)
@@ -156,7 +154,8 @@ def backward(
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = (requested_backend(), launch.pins())
-    key = (*map(_traits, (*tensors, dout, dq, dk, dv)), options, deterministic, scope)
+    traits = [None if x is None else _traits(x) for x in (*tensors, dout, dq, dk, dv)]
+    key = (*traits, options, deterministic, scope)
     plan = _plans.get(key)
     if plan is None:
         plan = _keep(key, _backward_plan(tensors, dout, Gradients(dq, dk, dv), options, deterministic, scope))
@@ -242,7 +241,7 @@ def attend_cache(
     window = (causal, window_size_left, window_size_right)
     options = (0.0, softmax_scale, *window, softcap, num_splits, rotary_interleaved, int_seqlens is None)
     scope = (requested_backend(), launch.pins())
-    key = (*map(_traits, (q, k_cache, v_cache, *tensors)), options, scope)
+    key = (*[None if x is None else _traits(x) for x in (q, k_cache, v_cache, *tensors)], options, scope)
     plan = _plans.get(key)
     if plan is None:
         copies = contiguous_last(q), _contiguous(tensors)

@@ -59,14 +59,18 @@ def empty_results(operands: Operands, memo: dict[str, Any]) -> tuple[Tensor, Ten
     out = torch.empty_like(q)
     lse_like = memo.get("lse_like")
     if lse_like is None:
-        # one number seen as all: an allocation like it costs the host less than one from words
         shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-        lse_like = memo["lse_like"] = torch.empty((), dtype=torch.float32, device=q.device).expand(shape)
+        lse_like = memo["lse_like"] = template(shape, q.device)
     softmax_lse = torch.empty_like(lse_like)
     if operands.zero_tensors or operands.max_seqlen_q == 0:
         out.zero_()
         softmax_lse.fill_(-math.inf)
     return out, softmax_lse
+
+
+def template(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """One fp32 number seen as many: `empty_like` of it costs the host half of an `empty` with dtype and device."""
+    return torch.empty((), dtype=torch.float32, device=device).expand(shape)
 
 
 def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:
