@@ -174,7 +174,11 @@ def bind_backward(
     softmax_lse: Tensor,
     gradients: Gradients,
 ) -> tuple[Launcher, ...]:
-    """The launches of a backward, for tensors like these; each takes all of them, in the order that `backward` passes."""
+    """The launches of a backward, for tensors like these.
+
+    Each takes q, k, v, out, dout, dq, dk, dv, softmax_lse, delta, lse_log2 and the optional tensors, so that their pointers are
+    read once.
+    """
     launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq)
     return launch_dq, *bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, torch_ops
 from flash_attn.problem import parse_window
@@ -58,13 +59,18 @@ def make_words(
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         arguments = _distinct(arguments)
-    if torch.is_grad_enabled():
-        for argument in arguments:  # the first is one that mostly does; any() would cost a microsecond more
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                return function.apply(*arguments, True)
-    return function.forward(None, *arguments, False)
+    if not torch.is_grad_enabled():
+        return function.forward(None, *arguments, False)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if not any(x.requires_grad for x in tensors):
+        return function.forward(None, *arguments, False)
+    if compiling or torch._C._are_functorch_transforms_active() or any(map(is_functorch_wrapped_tensor, tensors)):
+        return function.apply(*arguments, True)
+    # what Function.apply comes to where no argument is torch.func's; its own search costs several times this one
+    return super(torch.autograd.Function, function).apply(*arguments, True)  # type: ignore[misc]
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
