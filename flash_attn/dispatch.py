@@ -164,10 +164,10 @@ def backward(
 
 def differentiate(
     forward_plan: Plan, saved: Saved, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, deterministic: bool
-) -> None:
+) -> Tensor:
     """`backward` of a forward whose plan is at hand: it stands for the shapes, dtypes and options of what autograd saved."""
     q, k, v, out, softmax_lse, *_ = saved
-    # saved-tensor hooks, dout and the gradients can change layouts between two backward passes of one forward plan
+    # what saved-tensor hooks, dout and the gradients can change between two backward passes of one forward plan
     tensors = (q, k, v, out, softmax_lse, dout, dq, dk, dv)
     key = (deterministic, *[x.stride() for x in tensors], *[x.data_ptr() % 16 for x in tensors])
     plan = forward_plan.backward_plans.get(key)
@@ -175,7 +175,7 @@ def differentiate(
     if plan is None:
         plan = _backward_plan(saved, dout, gradients, forward_plan.options, deterministic, forward_plan.scope)
         forward_plan.backward_plans[key] = plan
-    _run_backward(plan, saved, dout, gradients)
+    return _run_backward(plan, saved, dout, gradients)
 
 
 def _backward_plan(
