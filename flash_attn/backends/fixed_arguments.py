@@ -53,16 +53,24 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
     )
 
 
-def empty_results(operands: Operands) -> tuple[Tensor, Tensor]:
+def empty_results(operands: Operands, memo: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Memory for (out, softmax_lse); 0 and -inf where `zero_tensors` asks for it, or no launch will write."""
     q = operands.q
     out = torch.empty_like(q)
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    softmax_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    lse_like = memo.get("lse_like")
+    if lse_like is None:
+        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+        lse_like = memo["lse_like"] = template(shape, q.device)
+    softmax_lse = torch.empty_like(lse_like)
     if operands.zero_tensors or operands.max_seqlen_q == 0:
         out.zero_()
         softmax_lse.fill_(-math.inf)
     return out, softmax_lse
+
+
+def template(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """One fp32 number seen as many: `empty_like` of it costs the host half of an `empty` with dtype and device."""
+    return torch.empty((), dtype=torch.float32, device=device).expand(shape)
 
 
 def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:

@@ -67,8 +67,8 @@ def worthwhile(problem: AttentionProblem) -> bool:
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch."""
     q = operands.q
-    out, softmax_lse = empty_results(operands)
     memo = {} if operands.memo is None else operands.memo
+    out, softmax_lse = empty_results(operands, memo)
     launch = memo.get("forward")
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)

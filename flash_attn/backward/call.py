@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, torch_ops
 from flash_attn.problem import parse_window
@@ -58,11 +59,18 @@ def make_words(
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         arguments = _distinct(arguments)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
+    if not torch.is_grad_enabled():
+        return function.forward(None, *arguments, False)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if not any(x.requires_grad for x in tensors):
+        return function.forward(None, *arguments, False)
+    if compiling or torch._C._are_functorch_transforms_active() or any(map(is_functorch_wrapped_tensor, tensors)):
         return function.apply(*arguments, True)
-    return function.forward(None, *arguments, False)
+    # what Function.apply comes to where no argument is torch.func's; its own search costs several times this one
+    return super(torch.autograd.Function, function).apply(*arguments, True)  # type: ignore[misc]
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,29 +129,26 @@ def attend(
 
 def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes the gradients of the call whose `save` kept these tensors."""
-    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     words: Words = ctx.words
+    q, *_, block_table = saved
+    if ctx.plan is not None and not torch_ops.observed(q):
+        dispatch.differentiate(ctx.plan, saved, dout, dq, dk, dv, words.deterministic)
+        return
+    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, _ = saved
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not torch_ops.observed(q) or block_table is not None:
-        dispatch.backward(
-            *tensors,
-            *numbers,
-            words.deterministic,
-            rng_state,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=words.max_seqlen_q,
-            max_seqlen_k=words.max_seqlen_k,
-            block_table=block_table,
-            forward_plan=ctx.plan,
-        )
-    elif cu_seqlens_q is None:
-        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
+    rest = (words.deterministic, rng_state)
+    if cu_seqlens_q is None:
+        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, *rest)
+        return
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    if block_table is None:
+        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, *rest)
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
-        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, words.deterministic, rng_state)
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        pages = dict(zip(names, lengths, strict=True), block_table=block_table)
+        dispatch.backward(*tensors, *numbers, *rest, **pages)  # which the operator does not take
 
 
 def save(

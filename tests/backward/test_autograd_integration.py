@@ -128,6 +128,23 @@ def test_no_gradient_no_graph(device, seed):
 
 
 @everywhere
+def test_tensors_that_torch_func_left_behind(device, seed):
+    q, k, v = (randn(B, S, H, D, device=device, seed=seed + i) for i in range(3))
+    k.requires_grad_()
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.float().sum())(q)
+    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
+    assert torch.equal(flash_attn_func(left[0], k, v), flash_attn_func(q, k, v))
+
+
+@everywhere
+def test_torch_func_is_refused(device, seed):
+    q = randn(B, S, H, D, device=device, seed=seed)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: flash_attn_func(x, q, q).float().sum())(q)
+
+
+@everywhere
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_retained_graph_gives_the_same_gradients_again(name, device, seed):
     torch.manual_seed(seed)
