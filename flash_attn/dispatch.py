@@ -157,14 +157,17 @@ def backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
+    dlse: Tensor | None = None,
     forward_plan: Plan | None = None,
 ) -> Tensor:
-    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse.
+    """Writes dq, dk, dv; returns delta = rowsum(dout * out) - dlse, fp32, shaped like softmax_lse.
 
     `forward_plan` is the plan of the forward whose tensors autograd saved: it stands for their shapes, dtypes and options.
     """
     dout, q, k, v, out = map(contiguous_last, (dout, q, k, v, out))
     softmax_lse = softmax_lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
 
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
@@ -172,21 +175,21 @@ def backward(
     def describe_call() -> tuple[AttentionProblem, int, int]:
         lengths = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         words = dict(lengths, deterministic=deterministic, direction="backward")
-        description = describe(q, k, v, *numbers, *optional, **words)  # type: ignore[arg-type]
-        check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+        problem, seqlen_q, seqlen_k = describe(q, k, v, *numbers, *optional, **words)  # type: ignore[arg-type]
+        check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv, dlse)
         if dropout_p > 0.0:
             check_rng_state(rng_state, q.device)
-        return description
+        return problem._replace(lse_gradient=dlse is not None), seqlen_q, seqlen_k
 
     def make_plan(scope: Scope) -> Plan:
-        tensors = (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional)
+        tensors = (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional, dlse)
         words = (*numbers, max_seqlen_q, max_seqlen_k, deterministic)
         return _plan(tensors, words, describe_call, scope, choose_backward_backend)
 
     if forward_plan is None:
         plan = make_plan((requested_backend(), launch.pins()))
     else:
-        key = (deterministic, *_layouts(q, k, v, dout, out, dq, dk, dv))
+        key = (deterministic, dlse is None, *_layouts(q, k, v, dout, out, dq, dk, dv))
         known = forward_plan.backward_plans.get(key)
         plan = forward_plan.backward_plans[key] = make_plan(forward_plan.scope) if known is None else known
     operands = Operands(
@@ -202,6 +205,7 @@ def backward(
         *optional,
         rng_state if dropout_p > 0.0 else None,
         memo=plan.memo,
+        dlse=dlse,
     )
     _, pins = plan.scope
     with launch.pinned(**dict(pins)) if pins else UNSCOPED:

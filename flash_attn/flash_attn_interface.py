@@ -114,7 +114,7 @@ def flash_attn_func(
     Returns:
         out: like q. With return_attn_probs, (out, softmax_lse, S_dmask): softmax_lse (batch_size, nheads, seqlen_q) fp32,
         natural log; S_dmask is empty without dropout, else (batch_size, nheads, seqlen_q and seqlen_k rounded up to 128),
-        exp(score - row maximum), negative where dropped. Neither carries a gradient.
+        exp(score - row maximum), negative where dropped. softmax_lse carries a gradient, S_dmask none.
 
     Raises:
         InvalidArgument: shapes, dtypes, devices or ranges disagree; the message names both values.

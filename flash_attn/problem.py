@@ -45,6 +45,7 @@ class AttentionProblem(NamedTuple):
     leftpad_k: bool = False
     deterministic: bool = False
     aligned: bool = False  # see `copied_in_tiles`
+    lse_gradient: bool = False  # of a backward: whether softmax_lse has a gradient, too
 
     @property
     def causal(self) -> bool:
@@ -170,7 +171,16 @@ def copied_in_tiles(x: Tensor) -> bool:
 
 
 def check_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlse: Tensor | None = None,
 ) -> None:
     """Checks the tensors that only a backward has; q, k and v have passed `describe`.
 
@@ -198,6 +208,13 @@ def check_gradients(
     if softmax_lse.dtype not in (torch.float32, torch.float64):
         raise InvalidArgument(f"softmax_lse must have dtype fp32, got {softmax_lse.dtype}")
     check_device("softmax_lse", softmax_lse, q.device)
+    if dlse is not None:
+        if dlse.shape != expected or dlse.dtype != softmax_lse.dtype:
+            raise InvalidArgument(
+                f"the gradient of softmax_lse must have its shape and dtype, {expected} and {softmax_lse.dtype}, "
+                f"got {tuple(dlse.shape)} and {dlse.dtype}"
+            )
+        check_device("the gradient of softmax_lse", dlse, q.device)
 
 
 def check_rng_state(rng_state: Tensor | None, device: torch.device) -> None:

@@ -82,7 +82,7 @@ def backward(
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     work = spans.accumulator(operands.q.dtype)
-    delta = spans.rowsum(dout, out)
+    delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     spans.blank_gradients(operands, gradients)
     for span in _nonempty_spans(operands):
         q_span, dout_span = (spans.queries(x, span).to(work) for x in (operands.q, dout))
@@ -116,7 +116,12 @@ def attend_cache(
 
 def _fused_causal(operands: Operands, span: Span) -> bool | None:
     """The fused operator's `is_causal` for a span; None where the operator does not apply."""
-    if operands.softcap > 0.0 or operands.dropout_p > 0.0 or operands.alibi_slopes is not None:
+    if (
+        operands.dlse is not None
+        or operands.softcap > 0.0
+        or operands.dropout_p > 0.0
+        or operands.alibi_slopes is not None
+    ):
         return None
     left, right = _span_window(operands, span)
     if left is not None or operands.softmax_scale <= 0.0:

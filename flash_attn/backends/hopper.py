@@ -36,6 +36,8 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return "has no kernels that write a cache"
     if problem.dropout:
         return "has no dropout"
+    if problem.lse_gradient:
+        return "its gradients take none of softmax_lse"
     if not problem.aligned:
         return (
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "

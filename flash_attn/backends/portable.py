@@ -112,7 +112,7 @@ def backward(
     q, k, v = operands.q, operands.k, operands.v
     optional = optional_tensors(operands)
     with device_guard(q.device):
-        launch_dq(q, k, v, out, dout, gradients.dq, softmax_lse, delta, lse_log2, *optional)
+        launch_dq(q, k, v, out, dout, gradients.dq, softmax_lse, delta, lse_log2, *optional, operands.dlse)
         for launch in launch_dkdv:
             launch(q, k, v, dout, gradients.dk, gradients.dv, delta, lse_log2, *optional)
     return delta
@@ -199,6 +199,7 @@ def bind_dq(
             (p[4], *dout_strides),
             (p[5], *dq_strides),
             (p[6], *row_strides),
+            (p[15], *row_strides) if problem.lse_gradient else None,
             (p[7], *row_strides),
             (p[8], *row_strides),
             k_map(p[1]) if tma else None,
@@ -210,7 +211,7 @@ def bind_dq(
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
-    kinds = (*[arguments.Tensor] * 9, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[arguments.Tensor] * 10, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
 
 

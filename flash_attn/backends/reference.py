@@ -68,7 +68,7 @@ def backward(
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     compute_dtype = spans.accumulator(operands.q.dtype)
-    delta = spans.rowsum(dout, out)
+    delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     left, right = (-1 if side is None else side for side in operands.window)
     spans.blank_gradients(operands, gradients)
     for span in spans.spans(operands):
@@ -86,6 +86,7 @@ def backward(
             keep=_keep(operands, span),
             dropout_p=operands.dropout_p,
             compute_dtype=compute_dtype,
+            dlse=None if operands.dlse is None else spans.statistic(operands.dlse, span),
         )
         spans.queries(gradients.dq, span).copy_(dq)
         spans.keys(gradients.dk, span).copy_(dk)

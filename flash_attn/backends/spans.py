@@ -129,10 +129,11 @@ def blank_gradients(operands: Operands, gradients: Gradients) -> None:
             gradient.zero_()
 
 
-def rowsum(dout: Tensor, out: Tensor) -> Tensor:
-    """delta = rowsum(dout * out), shaped like softmax_lse."""
+def softmax_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, softmax_lse: Tensor) -> Tensor:
+    """delta = rowsum(dout * out) - dlse, shaped like softmax_lse; rows that see no key have no dlse."""
     work = accumulator(out.dtype)
-    return (dout.to(work) * out.to(work)).sum(-1).transpose(-1, -2).contiguous()
+    delta = (dout.to(work) * out.to(work)).sum(-1).transpose(-1, -2).contiguous()
+    return delta if dlse is None else delta.sub_(dlse.masked_fill(softmax_lse.isinf(), 0.0))
 
 
 def _length_arrays(operands: Operands) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import dispatch, torch_ops
+from flash_attn.backward import operators
 from flash_attn.problem import parse_window
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
@@ -119,9 +120,19 @@ def attend(
     return *torch_ops._wrapped_flash_attn_varlen_forward(q, k, v, *lengths, *numbers, block_table=block_table), None
 
 
-def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes the gradients of the call whose `save` kept these tensors."""
+def differentiate(
+    ctx: Any,
+    saved: tuple[Any, ...],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes the gradients of the call whose `save` kept these tensors; an absent gradient of a result is 0."""
     q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
+    if dout is None:
+        dout = torch.zeros_like(out)
     words: Words = ctx.words
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
@@ -137,7 +148,13 @@ def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk
             max_seqlen_q=words.max_seqlen_q,
             max_seqlen_k=words.max_seqlen_k,
             block_table=block_table,
+            dlse=dlse,
             forward_plan=ctx.plan,
+        )
+    elif dlse is not None:
+        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+        operators._wrapped_attention_backward(
+            dout, dlse, *tensors[1:], *numbers, words.deterministic, rng_state, *lengths
         )
     elif cu_seqlens_q is None:
         torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
@@ -165,12 +182,14 @@ def save(
 
 
 def outputs(ctx: Any, results: Results, return_softmax: bool) -> Any:
-    """out, or (out, softmax_lse, S_dmask) where the last two carry no gradient."""
+    """out, or (out, softmax_lse, S_dmask) where the last one carries no gradient."""
     out, softmax_lse, scores, _, _ = results
     if not return_softmax:
         return out
     if scores is None:
         scores = out.new_empty((0,))
     if ctx is not None:
-        ctx.mark_non_differentiable(softmax_lse, scores)
+        ctx.mark_non_differentiable(scores)
+        if not torch.compiler.is_compiling():  # which does not know the method, and fills in zeros
+            ctx.set_materialize_grads(False)
     return out, softmax_lse, scores

@@ -36,6 +36,7 @@ from flash_attn.kernels.algebra.score import (  # noqa: E402
 from flash_attn.kernels.algebra.softmax import (  # noqa: E402
     lse_log2,
     softmax_backward,
+    softmax_delta,
     softmax_finish,
     softmax_pivot,
     softmax_rescale,
@@ -217,7 +218,8 @@ def probe_kernel(
         tile = softmax_weights(tile, 1.0, pivot[:, None]) * softmax_rescale(row_values, 1.0, pivot)[:, None]
     elif FUNCTION == "softmax_weights":
         weights = softmax_weights(tile, 1.0, lse_log2(row_values)[:, None])
-        tile = softmax_backward(weights, tile, row_values[:, None])
+        row_delta = softmax_delta(row_values, row_values, lse_log2(row_values))
+        tile = softmax_backward(weights, tile, row_delta[:, None])
     elif FUNCTION == "drop":
         key = load_key(dropout, batch)
         row_word = row_words(dropout, key, batch * SIZE, rows[:, None])

@@ -116,7 +116,7 @@ def forward_and_backward(case: Case, inputs: Inputs, seed: int) -> tuple[dict[st
         out = public(case, inputs, *leaves)
         lse, keep = lse_and_keep(case, inputs, out, seed)
     dq, dk, dv = torch.autograd.grad(out, leaves, inputs.dout)
-    return dict(out=out.detach(), lse=lse, dq=dq, dk=dk, dv=dv), keep
+    return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv), keep
 
 
 def lse_and_keep(case: Case, inputs: Inputs, out: Tensor, seed: int) -> tuple[Tensor, Any]:

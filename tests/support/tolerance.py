@@ -155,15 +155,18 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean(-1).sqrt()
 
 
-def expected(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None) -> Expected:
+def expected(
+    case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None, dlse: Tensor | None = None
+) -> Expected:
     """The truth and the matched run of a case, sequence by sequence.
 
     Args:
+        dlse: the gradient of lse, shaped like it; None is 0.
         keep: the dropout mask, (B, H, Sq, Sk); when varlen a list of (1, H, Sq, Sk). Needed when case.dropout_p > 0.
     """
     if case.dropout_p > 0.0 and keep is None:
         raise ValueError(f"{case.name}: dropout_p = {case.dropout_p} needs keep")
-    parts = dense_parts(case, inputs, keep)
+    parts = dense_parts(case, inputs, keep, dlse)
     truth = join(case, [_truth(case, part) for part in parts])
     saved = [_attention(case, part, part.q, part.k, part.v, **_rounding(case)) for part in parts]
     matched = join(case, [_matched(case, part, *forward) for part, forward in zip(parts, saved, strict=True)])
@@ -171,7 +174,8 @@ def expected(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = No
         _rms(x.double().flatten()).nan_to_num().item() for x in (inputs.q, inputs.k, inputs.v, inputs.dout)
     )
     # dS is a difference of terms dout v^T, of rms sqrt(D) rms(dout) rms(v); the default scale takes the sqrt(D) away.
-    terms = {"out": v, "dq": dout * v * k, "dk": dout * v * q, "dv": dout}
+    ds = dout * v + (0.0 if dlse is None else _rms(dlse.double().flatten()).item())
+    terms = {"out": v, "dq": ds * k, "dk": ds * q, "dv": dout}
     return Expected(truth, matched, partial(_matched_from, case, parts), terms)
 
 
@@ -185,18 +189,23 @@ class Part:
     dout: Tensor
     alibi_slopes: Tensor | None
     keep: Tensor | None
+    dlse: Tensor | None
 
 
-def dense_parts(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None) -> list[Part]:
+def dense_parts(
+    case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None, dlse: Tensor | None = None
+) -> list[Part]:
     """The sequences of a varlen case, or the one batch of a dense case."""
     if case.layout == "dense":
-        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep)]
+        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep, dlse)]
     q, dout = (x.split(case.seqlens_q) for x in (inputs.q, inputs.dout))
     k, v = (x.split(case.seqlens_k) for x in (inputs.k, inputs.v))
     slopes = [inputs.alibi_slopes] * case.batch_size if case.alibi != "bh" else inputs.alibi_slopes.split(1)
     masks = [None] * case.batch_size if keep is None else keep
+    rows = [None] * case.batch_size if dlse is None else [x[None] for x in dlse.split(case.seqlens_q, dim=-1)]
     return [
-        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b]) for b in range(case.batch_size)
+        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b], rows[b])
+        for b in range(case.batch_size)
     ]
 
 
@@ -211,7 +220,8 @@ def join(case: Case, results: Sequence[Results]) -> Results:
 def _truth(case: Case, part: Part) -> Results:
     q, k, v = (x.detach().double().requires_grad_() for x in (part.q, part.k, part.v))
     out, lse = _attention(case, part, q, k, v)
-    gradients = torch.autograd.grad(out, (q, k, v), part.dout.double())
+    dlse = torch.zeros_like(lse) if part.dlse is None else part.dlse.double()
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (part.dout.double(), dlse))
     return Results(out.detach(), lse.detach(), *gradients)
 
 
@@ -233,6 +243,7 @@ def _matched(case: Case, part: Part, out: Tensor, lse: Tensor) -> Results:
         alibi_slopes=part.alibi_slopes,
         keep=part.keep,
         dropout_p=case.dropout_p,
+        dlse=part.dlse,
         **_rounding(case),
     )
     return Results(out, lse, *gradients)

@@ -55,5 +55,11 @@ def softmax_weights(tile, unit, pivot_log2):
 
 @triton.jit
 def softmax_backward(weights, dweights, row_delta):
-    """d(loss)/d(score) from d(loss)/d(weight): the VJP of the softmax, with delta = rowsum(dout * out)."""
+    """d(loss)/d(score) from d(loss)/d(weight): the VJP of the softmax, with delta of `softmax_delta`."""
     return weights * (dweights - row_delta)
+
+
+@triton.jit
+def softmax_delta(row_delta, row_dlse, row_lse_log2):
+    """delta = rowsum(dout * out) less a gradient of softmax_lse, whose derivative by a score is the weight, too."""
+    return row_delta - tl.where(row_lse_log2 == float("inf"), 0.0, row_dlse)
