@@ -27,6 +27,7 @@ RULES = {
     "errors": Rule((), ()),
     "hardware": Rule(()),
     "reference": Rule(()),
+    "merge": Rule(()),
     "backward.reference_impl": Rule(()),
     "problem": Rule(()),
     "problem_kvcache": Rule(("problem",)),
@@ -140,7 +141,7 @@ RULES = {
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache")),
     "diagnostics": Rule(("",), ("torch", "triton", "einops")),
     "__main__": Rule(("",), ("torch", "triton", "einops")),
-    "": Rule(("flash_attn_interface",), ()),
+    "": Rule(("flash_attn_interface", "merge"), ()),
 }
 LAZY_ONLY = {
     "backends": ("backends.portable", "backends.hopper", "backends.cpu", "backends.flaggems", "backends.reference"),
