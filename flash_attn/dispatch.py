@@ -97,15 +97,20 @@ def forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
     generator: torch.Generator | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Plan]:
     """(out, softmax_lse, S_dmask, rng_state, plan); S_dmask and rng_state are None without dropout."""
     q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     plan = _plan(
-        (q, k, v, *optional),
+        (q, k, v, *optional, sinks),
         (*numbers, max_seqlen_q, max_seqlen_k),
-        lambda: describe(q, k, v, *numbers, *optional, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
+        lambda: describe(
+            q, k, v, *numbers, *optional, sinks=sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+        ),
         (requested_backend(), launch.pins()),
         choose_backend,
     )
@@ -127,6 +132,7 @@ def forward(
         rng_state,
         zero_tensors,
         plan.memo,
+        sinks=sinks,
     )
     out, softmax_lse, scores = plan.backend.forward(plan.problem, operands, return_softmax and dropout_p > 0.0)
     return out, softmax_lse, scores, rng_state, plan
@@ -246,7 +252,7 @@ def attend_cache(
         plan.memo["contiguous"] = contiguous_last(q) is q and all(a is b for a, b in same)
     if not plan.memo["contiguous"]:
         q, tensors = contiguous_last(q), _contiguous(tensors)
-    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes = tensors
+    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes, sinks = tensors
     seqlen_new = 0 if k is None else k.shape[1]
     if int_seqlens is not None:
         check_room(int_seqlens, seqlen_new, plan.seqlen_k)
@@ -271,6 +277,7 @@ def attend_cache(
         block_table=block_table if batch_idx is None else batch_idx[:, None],
         appended=seqlen_new,
         memo=plan.memo,
+        sinks=sinks,
     )
     out, softmax_lse, _ = plan.backend.attend_cache(plan.problem, operands, append, num_splits)
     return out, softmax_lse

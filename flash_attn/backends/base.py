@@ -31,6 +31,7 @@ class Operands(NamedTuple):
     memo: dict[str, Any] | None = (
         None  # what a backend derived before, for calls equal in all but the tensors' contents
     )
+    sinks: Tensor | None = None  # (nheads,), contiguous, any floating dtype; of a forward
     dlse: Tensor | None = None  # gradient of softmax_lse, of its shape and dtype, contiguous; of a backward
     appended: int = 0  # keys behind the first seqused_k of every sequence, which take part, too
 

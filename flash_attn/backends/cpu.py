@@ -42,7 +42,7 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
-    """Span by span; rows outside every sequence get out 0 and softmax_lse -inf."""
+    """Span by span; rows outside every sequence get out 0 and softmax_lse -inf, or the sink."""
     q = operands.q
     work = spans.accumulator(q.dtype)
     result = spans.allocate_result(operands, return_scores)
@@ -65,6 +65,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
                 scale=operands.softmax_scale,
             )
             out_span = out_span.transpose(1, 2)
+        out_span, lse_span = spans.with_sinks(out_span, lse_span, operands.sinks)
         spans.queries(result.out, span).copy_(out_span)
         spans.statistic(result.softmax_lse, span).copy_(lse_span)
     return result

@@ -80,7 +80,8 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     with device_guard(q.device):
-        launch(q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), operands.block_table)
+        optional = optional_tensors(operands)
+        launch(q, operands.k, operands.v, out, softmax_lse, *optional, operands.block_table, operands.sinks)
         scores = dropout_scores(problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
 
@@ -155,7 +156,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
-            (scale, softcap, p[9], *score_rest),
+            (scale, softcap, p[9], *score_rest[:-1], p[12]),
             (p[10], *dropout),
             *lengths,
         )

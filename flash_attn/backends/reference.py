@@ -46,6 +46,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
             alibi_slopes=spans.slopes(operands, span),
             keep=keep,
             dropout_p=operands.dropout_p,
+            sinks=operands.sinks,
             compute_dtype=compute_dtype,
         )
         spans.queries(result.out, span).copy_(out_span)

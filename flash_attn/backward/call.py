@@ -13,6 +13,7 @@ from torch import Tensor
 from flash_attn import dispatch, torch_ops
 from flash_attn.backward import operators
 from flash_attn.problem import parse_window
+from flash_attn.sinks import sink_gradient
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, dispatch.Plan | None]
@@ -89,6 +90,7 @@ def attend(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Results:
     """One forward."""
     left, right = words.window_size
@@ -113,10 +115,13 @@ def attend(
             max_seqlen_q=words.max_seqlen_q,
             max_seqlen_k=words.max_seqlen_k,
             block_table=block_table,
+            sinks=sinks,
         )
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    if sinks is not None:
+        return *operators._wrapped_attention_forward(q, k, v, sinks, *numbers, *lengths, block_table), None
     if cu_seqlens_q is None:
         return *torch_ops._wrapped_flash_attn_forward(q, k, v, *numbers), None
-    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
     return *torch_ops._wrapped_flash_attn_varlen_forward(q, k, v, *lengths, *numbers, block_table=block_table), None
 
 
@@ -128,8 +133,12 @@ def differentiate(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> None:
-    """Writes the gradients of the call whose `save` kept these tensors; an absent gradient of a result is 0."""
+    sinks: Tensor | None = None,
+) -> Tensor | None:
+    """Writes the gradients of the call whose `save` kept these tensors, and returns that of the sinks.
+
+    An absent gradient of a result is 0.
+    """
     q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     if dout is None:
         dout = torch.zeros_like(out)
@@ -137,8 +146,9 @@ def differentiate(
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
     if not torch_ops.observed(q) or block_table is not None:
-        dispatch.backward(
+        delta = dispatch.backward(
             *tensors,
             *numbers,
             words.deterministic,
@@ -151,16 +161,17 @@ def differentiate(
             dlse=dlse,
             forward_plan=ctx.plan,
         )
-    elif dlse is not None:
-        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
-        operators._wrapped_attention_backward(
-            dout, dlse, *tensors[1:], *numbers, words.deterministic, rng_state, *lengths
+        return None if sinks is None else sink_gradient(sinks, softmax_lse, delta, cu_seqlens_q)
+    if dlse is not None or sinks is not None:
+        forward_tensors = (q, k, v, out, softmax_lse, sinks)
+        return operators._wrapped_attention_backward(
+            dout, dlse, *forward_tensors, dq, dk, dv, *numbers, words.deterministic, rng_state, *lengths
         )
-    elif cu_seqlens_q is None:
+    if cu_seqlens_q is None:
         torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
         torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, words.deterministic, rng_state)
+    return None
 
 
 def save(

@@ -83,6 +83,8 @@ def numbers(case: Case, inputs: Inputs) -> tuple[Any, ...]:
 def public(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Any:
     """flash_attn_func or flash_attn_varlen_func of a case."""
     function = flash_attn_func if case.layout == "dense" else flash_attn_varlen_func
+    if case.sink is not None:
+        extra = dict(s_aux=inputs.sinks) | extra
     return function(q, k, v, *lengths(case, inputs), **words(case, inputs), **extra)
 
 

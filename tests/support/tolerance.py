@@ -19,7 +19,7 @@ times the size of the summed terms: what is left where they cancel, and all ther
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -45,6 +45,7 @@ class Results:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dsink: Tensor | None = None  # of the truth, (H,)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ class Expected:
                 matched = self.matched_from(actual["out"], actual["lse"])
             ref, terms = getattr(self.reference, what), self.terms.get(what, 0.0)
             assert_close(actual[what], ref, getattr(matched, what), what, terms=terms)
+
+
+def assert_dsink_close(
+    dsink: Tensor, truth: Results, inputs: Inputs, out: Tensor, lse: Tensor, dlse: Tensor | None = None
+) -> None:
+    """Accept the gradient of the sinks when no error is larger than what those of out and lse, accepted before, make of it.
+
+    With w = exp(sink - lse) the gradient is -sum of w (dout . out - dlse) over the rows of a head, so that errors e of out and
+    lse add at most w (|dout| |e_out| + (|dout| |out| + |dlse|) |e_lse|) a row, to first order.
+    """
+    dout = inputs.dout.double().abs()
+    ref_out, ref_lse = truth.out.abs(), truth.lse
+    weights = torch.exp(inputs.sinks.double()[:, None] - ref_lse)
+    size = (dout * ref_out).sum(-1).mT + (0.0 if dlse is None else dlse.double().abs())
+    inherited = (dout * (out.double() - truth.out).abs()).sum(-1).mT + size * (lse.double() - ref_lse).abs()
+    noise = NOISE_ROUNDOFFS * torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
+    terms = weights * (1.1 * inherited + noise * size)
+    budget = terms.sum(-1) if terms.dim() == 2 else terms.sum((0, 2))
+    budget = budget + torch.finfo(dsink.dtype).eps * truth.dsink.abs() + torch.finfo(dsink.dtype).tiny
+    error = (dsink.double() - truth.dsink).abs()
+    _require(error <= budget, dsink, truth.dsink, f"dsink: error {error.max().item():.3e}", error / budget)
 
 
 def assert_close(
@@ -190,6 +212,7 @@ class Part:
     alibi_slopes: Tensor | None
     keep: Tensor | None
     dlse: Tensor | None
+    sinks: Tensor | None
 
 
 def dense_parts(
@@ -197,14 +220,14 @@ def dense_parts(
 ) -> list[Part]:
     """The sequences of a varlen case, or the one batch of a dense case."""
     if case.layout == "dense":
-        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep, dlse)]
+        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep, dlse, inputs.sinks)]
     q, dout = (x.split(case.seqlens_q) for x in (inputs.q, inputs.dout))
     k, v = (x.split(case.seqlens_k) for x in (inputs.k, inputs.v))
     slopes = [inputs.alibi_slopes] * case.batch_size if case.alibi != "bh" else inputs.alibi_slopes.split(1)
     masks = [None] * case.batch_size if keep is None else keep
     rows = [None] * case.batch_size if dlse is None else [x[None] for x in dlse.split(case.seqlens_q, dim=-1)]
     return [
-        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b], rows[b])
+        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b], rows[b], inputs.sinks)
         for b in range(case.batch_size)
     ]
 
@@ -214,14 +237,19 @@ def join(case: Case, results: Sequence[Results]) -> Results:
     if case.layout == "dense":
         return results[0]
     joined = {name: torch.cat([getattr(r, name)[0] for r in results]) for name in ("out", "dq", "dk", "dv")}
-    return Results(lse=torch.cat([r.lse[0] for r in results], dim=-1), **joined)
+    dsink = None if results[0].dsink is None else sum(r.dsink for r in results)
+    return Results(lse=torch.cat([r.lse[0] for r in results], dim=-1), dsink=dsink, **joined)
 
 
 def _truth(case: Case, part: Part) -> Results:
     q, k, v = (x.detach().double().requires_grad_() for x in (part.q, part.k, part.v))
+    leaves = (q, k, v)
+    if part.sinks is not None:
+        part = replace(part, sinks=part.sinks.detach().double().requires_grad_())
+        leaves += (part.sinks,)
     out, lse = _attention(case, part, q, k, v)
     dlse = torch.zeros_like(lse) if part.dlse is None else part.dlse.double()
-    gradients = torch.autograd.grad((out, lse), (q, k, v), (part.dout.double(), dlse))
+    gradients = torch.autograd.grad((out, lse), leaves, (part.dout.double(), dlse))
     return Results(out.detach(), lse.detach(), *gradients)
 
 
@@ -269,5 +297,6 @@ def _attention(case: Case, part: Part, q: Tensor, k: Tensor, v: Tensor, **roundi
         alibi_slopes=part.alibi_slopes,
         keep=part.keep,
         dropout_p=case.dropout_p,
+        sinks=part.sinks,
         **rounding,
     )
