@@ -97,28 +97,31 @@ def forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
     generator: torch.Generator | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Plan]:
     """(out, softmax_lse, S_dmask, rng_state, plan); S_dmask and rng_state are None without dropout."""
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = (requested_backend(), launch.pins())
-    key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional)], options, scope)
+    key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional, sinks)], options, scope)
     plan = _plans.get(key)
     if plan is None:
         copies = contiguous_last(q), contiguous_last(k), contiguous_last(v)
         contiguous = _same(copies, (q, k, v))
         q_copy, k_copy, v_copy = copies
-        lengths = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-        description = describe(q_copy, k_copy, v_copy, *numbers, *optional, **lengths)  # type: ignore[arg-type]
+        words = dict(sinks=sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        description = describe(q_copy, k_copy, v_copy, *numbers, *optional, **words)  # type: ignore[arg-type]
         plan = _keep(key, Plan(description, options, contiguous, q.device, scope, choose_backend))
     if not plan.contiguous:
         q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     rng_state = None
     if dropout_p > 0.0:
         # drawn on the device by the default generator: no synchronisation, captured and advanced by CUDA graphs
         rng_state = torch.empty(2, dtype=torch.int64, device=q.device).random_(generator=generator)
-    operands = Operands(q, k, v, *plan.numbers, *optional, rng_state, zero_tensors, plan.memo)
+    operands = Operands(q, k, v, *plan.numbers, *optional, rng_state, zero_tensors, plan.memo, sinks)
     out, softmax_lse, scores = plan.backend.forward(plan.problem, operands, return_softmax and dropout_p > 0.0)
     return out, softmax_lse, scores, rng_state, plan
 
@@ -148,38 +151,52 @@ def backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> Tensor:
-    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
+    """Writes dq, dk, dv; returns delta = rowsum(dout * out) - dlse, fp32, shaped like softmax_lse."""
     tensors = (q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = (requested_backend(), launch.pins())
-    traits = [None if x is None else _traits(x) for x in (*tensors, dout, dq, dk, dv)]
+    traits = [None if x is None else _traits(x) for x in (*tensors, dout, dlse, dq, dk, dv)]
     key = (*traits, options, deterministic, scope)
     plan = _plans.get(key)
     if plan is None:
-        plan = _keep(key, _backward_plan(tensors, dout, Gradients(dq, dk, dv), options, deterministic, scope))
-    return _run_backward(plan, tensors, dout, Gradients(dq, dk, dv))
+        plan = _keep(key, _backward_plan(tensors, dout, dlse, Gradients(dq, dk, dv), options, deterministic, scope))
+    return _run_backward(plan, tensors, dout, dlse, Gradients(dq, dk, dv))
 
 
 def differentiate(
-    forward_plan: Plan, saved: Saved, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, deterministic: bool
+    forward_plan: Plan,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    deterministic: bool,
 ) -> Tensor:
     """`backward` of a forward whose plan is at hand: it stands for the shapes, dtypes and options of what autograd saved."""
     q, k, v, out, softmax_lse, *_ = saved
     # what saved-tensor hooks, dout and the gradients can change between two backward passes of one forward plan
     tensors = (q, k, v, out, softmax_lse, dout, dq, dk, dv)
-    key = (deterministic, *[x.stride() for x in tensors], *[x.data_ptr() % 16 for x in tensors])
+    key = (deterministic, dlse is None, *[x.stride() for x in tensors], *[x.data_ptr() % 16 for x in tensors])
     plan = forward_plan.backward_plans.get(key)
     gradients = Gradients(dq, dk, dv)
     if plan is None:
-        plan = _backward_plan(saved, dout, gradients, forward_plan.options, deterministic, forward_plan.scope)
+        plan = _backward_plan(saved, dout, dlse, gradients, forward_plan.options, deterministic, forward_plan.scope)
         forward_plan.backward_plans[key] = plan
-    return _run_backward(plan, saved, dout, gradients)
+    return _run_backward(plan, saved, dout, dlse, gradients)
 
 
 def _backward_plan(
-    saved: Saved, dout: Tensor, gradients: Gradients, options: tuple[Any, ...], deterministic: bool, scope: Scope
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: Gradients,
+    options: tuple[Any, ...],
+    deterministic: bool,
+    scope: Scope,
 ) -> Plan:
     """Checks a backward and chooses who computes it."""
     copies, dout_copy = _copied_backward(saved, dout)
@@ -190,22 +207,24 @@ def _backward_plan(
     words = dict(
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic, direction="backward"
     )
-    description = describe(q, k, v, *numbers, *optional, **words)
-    check_gradients(q, k, v, dout_copy, out, softmax_lse, *gradients)
+    problem, seqlen_q, seqlen_k = describe(q, k, v, *numbers, *optional, **words)
+    check_gradients(q, k, v, dout_copy, out, softmax_lse, *gradients, dlse)
     if dropout_p > 0.0:
         check_rng_state(rng_state, q.device)
     contiguous = dout_copy is dout and _same(copies, saved)
+    description = problem._replace(lse_gradient=dlse is not None), seqlen_q, seqlen_k
     return Plan(description, options, contiguous, q.device, scope, choose_backward_backend)
 
 
-def _run_backward(plan: Plan, saved: Saved, dout: Tensor, gradients: Gradients) -> Tensor:
+def _run_backward(plan: Plan, saved: Saved, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> Tensor:
     if not plan.contiguous:
         saved, dout = _copied_backward(saved, dout)
     q, k, v, out, softmax_lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     if not plan.problem.dropout:
         rng_state = None
     optional = (slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table, rng_state)
-    operands = Operands(q, k, v, *plan.numbers, *optional, False, plan.memo)
+    dlse = None if dlse is None else dlse.contiguous()
+    operands = Operands(q, k, v, *plan.numbers, *optional, False, plan.memo, dlse=dlse)
     pins = plan.scope[1]
     if not pins:
         return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, gradients)
@@ -239,28 +258,20 @@ def attend_cache(
     `int_seqlens` stands for a `cache_seqlens` of equal numbers, which the host knows.
     """
     window = (causal, window_size_left, window_size_right)
-    options = (0.0, softmax_scale, *window, softcap, num_splits, rotary_interleaved, int_seqlens is None)
+    numbers = (softmax_scale, *window, softcap, num_splits)
+    options = (0.0, *numbers, rotary_interleaved, int_seqlens is None)
     scope = (requested_backend(), launch.pins())
     key = (*[None if x is None else _traits(x) for x in (q, k_cache, v_cache, *tensors)], options, scope)
     plan = _plans.get(key)
     if plan is None:
-        copies = contiguous_last(q), _contiguous(tensors)
-        description = describe_cache(
-            copies[0],
-            k_cache,
-            v_cache,
-            copies[1],
-            softmax_scale,
-            *window,
-            softcap,
-            num_splits,
-            given_seqlens=int_seqlens is not None,
-        )
-        contiguous = copies[0] is q and _same(copies[1], tensors)
+        q_copy, copies = contiguous_last(q), _contiguous(tensors)
+        given = int_seqlens is not None
+        description = describe_cache(q_copy, k_cache, v_cache, copies, *numbers, given_seqlens=given)
+        contiguous = q_copy is q and _same(copies, tensors)
         plan = _keep(key, Plan(description, options, contiguous, q.device, scope, choose_backend))
     if not plan.contiguous:
         q, tensors = contiguous_last(q), _contiguous(tensors)
-    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes = tensors
+    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes, sinks = tensors
     seqlen_new = 0 if k is None else k.shape[1]
     if int_seqlens is not None:
         check_room(int_seqlens, seqlen_new, plan.seqlen_k)
@@ -281,6 +292,7 @@ def attend_cache(
         block_table=block_table if batch_idx is None else batch_idx[:, None],
         appended=seqlen_new,
         memo=plan.memo,
+        sinks=sinks,
     )
     out, softmax_lse, _ = plan.backend.attend_cache(plan.problem, operands, append, num_splits)
     return out, softmax_lse

@@ -19,7 +19,9 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    score_rest: tuple[Any, ...]  # slope stride, exact, negative
+    score_rest: tuple[
+        Any, ...
+    ]  # slope stride, exact, negative, and no sinks: a forward passes those in place of the last
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 
@@ -39,6 +41,7 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
             None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
             1 if q.dtype == torch.float32 else None,
             1 if operands.softmax_scale < 0.0 else None,
+            None,
         ),
         dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
         lengths=(

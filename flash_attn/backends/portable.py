@@ -79,7 +79,8 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     launch = memo.get("forward")
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
-    tensors = (q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), operands.block_table)
+    optional = optional_tensors(operands)
+    tensors = (q, operands.k, operands.v, out, softmax_lse, *optional, operands.block_table, operands.sinks)
     on_device(q.device, launch, *tensors)
     scores = on_device(q.device, dropout_scores, problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
@@ -107,7 +108,8 @@ def backward(
         launchers = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
     q, k, v = operands.q, operands.k, operands.v
     optional = optional_tensors(operands)
-    on_device(q.device, launch_all, launchers, q, k, v, out, dout, *gradients, softmax_lse, delta, lse_log2, *optional)
+    rows = softmax_lse, delta, lse_log2
+    on_device(q.device, launch_all, launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
     return delta
 
 
@@ -148,7 +150,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
-            (scale, softcap, p[9], *score_rest),
+            (scale, softcap, p[9], *score_rest[:-1], p[12]),
             (p[10], *dropout),
             *lengths,
         )
@@ -209,6 +211,7 @@ def bind_dq(
             (p[4], *dout_strides),
             (p[5], *dq_strides),
             (p[8], *row_strides),
+            (p[17], *row_strides) if problem.lse_gradient else None,
             (p[9], *row_strides),
             (p[10], *row_strides),
             k_map(p[1]) if tma else None,
@@ -220,7 +223,7 @@ def bind_dq(
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
-    kinds = (*[arguments.Tensor] * 9, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[arguments.Tensor] * 10, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
 
 

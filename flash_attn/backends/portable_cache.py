@@ -189,6 +189,8 @@ def bind_decode(
     out_strides = result_strides(q)
     *pages, whole = page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
+    # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
+    parts = num_splits > 1 or fixed_blocks is not None
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
     numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, *pages)
 
@@ -202,12 +204,10 @@ def bind_decode(
             p[5],
             p[6],
             p[7],
-            (scale, softcap, p[8], *score_rest),
+            (scale, softcap, p[8], *score_rest[:-1], None if parts else p[9]),
             *numbers,
         )
 
-    # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
-    parts = num_splits > 1 or fixed_blocks is not None
     rows = block_m(operands.max_seqlen_q * group)
     constants = {
         "PARTS": parts,
@@ -242,7 +242,7 @@ def bind_merge(q: Tensor, num_splits: int) -> Merge:
     out_strides = result_strides(q)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
-        return p[0], p[1], (p[2], *out_strides), p[3], seqlen_q, nheads, num_splits
+        return p[0], p[1], (p[2], *out_strides), p[3], p[4], seqlen_q, nheads, num_splits
 
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
     kinds = (None, None, arguments.Tensor, None)
@@ -268,7 +268,8 @@ def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
         operands.leftpad_k,
         operands.block_table,
         operands.alibi_slopes,
+        operands.sinks,
     )
     if plan.merge is not None:
-        plan.merge.launch(part_out, part_lse, out, softmax_lse)
+        plan.merge.launch(part_out, part_lse, out, softmax_lse, operands.sinks)
     return ForwardResult(out, softmax_lse)

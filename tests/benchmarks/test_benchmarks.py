@@ -86,7 +86,7 @@ PACKED = GQA | {"layout": "varlen", "lengths": (33, 5, 0, 21), "seqlen_q": 33, "
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("changes", [GQA, GQA | {"alibi": True, "window": (7, 0)}, PACKED])
+@pytest.mark.parametrize("changes", [GQA, GQA | {"alibi": True, "window": (7, 0)}, GQA | {"sinks": True}, PACKED])
 def test_reference_slices_agree_with_the_whole(direction, changes):
     """The slices that a run checks are those of the full computation, heads and packing included."""
     case = plain(16, 40, True, direction, **changes)
@@ -101,6 +101,7 @@ def test_reference_slices_agree_with_the_whole(direction, changes):
 
 def whole_result(case, inputs):
     words = {"window": canonical_window(case), "softcap": case.softcap, "alibi_slopes": inputs.alibi_slopes}
+    words["sinks"] = inputs.sinks
     if case.layout == "varlen":
         out = reference.attention_varlen(*inputs.operands, inputs.cu_seqlens, inputs.cu_seqlens, **words)[0]
     else:

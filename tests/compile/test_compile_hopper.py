@@ -49,7 +49,8 @@ FEATURES = {
     "varlen": ("varlen", "gqa"),
     "seqused_k": ("varlen", "seqused_k"),
     "leftpad_k": ("varlen", "leftpad_k"),
-    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k"),
+    "sinks": ("sinks", "gqa"),
+    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks"),
 }
 
 
@@ -81,8 +82,9 @@ def variants() -> list[Variant]:
         for headdim, causal, seqlen in (next(turns),)
     ]
     heaviest = [Variant(headdim, True, "everything") for headdim in FORWARD]
+    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
     odd = [Variant(headdim, True) for headdim in (40, 96, 192)]
-    return list(dict.fromkeys([*plain, *mixed, *heaviest, *odd]))
+    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd]))
 
 
 def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem, Operands]:
@@ -104,8 +106,11 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
     left, right = (64 if side in features else -1 for side in ("left", "right"))
     softcap = 30.0 if "softcap" in features else 0.0
     longest = dict(max_seqlen_q=variant.seqlen, max_seqlen_k=variant.seqlen)
-    problem, *lengths = describe(q, k, v, 0.0, 0.1, variant.causal, left, right, softcap, **optional, **longest)
-    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, **optional)
+    sinks = _meta(NHEADS, dtype=dtype) if "sinks" in features else None
+    problem, *lengths = describe(
+        q, k, v, 0.0, 0.1, variant.causal, left, right, softcap, **optional, **longest, sinks=sinks
+    )
+    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, **optional, sinks=sinks)
 
 
 def compile_forward(*calls: tuple[AttentionProblem, Operands], cache_dir) -> list[Launch]:

@@ -11,7 +11,7 @@ from flash_attn.hardware import Hardware
 from flash_attn.launch.hopper import CONSUMER_ROWS, FORWARD
 from flash_attn.problem import describe
 from tests.support import calls
-from tests.support.cases import BF16, CASES, FP16, FP32, Case
+from tests.support.cases import BF16, CASES, FP16, FP32, SINK_CASES, Case
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -67,7 +67,8 @@ def check(case: Case, device: torch.device, seed: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("case", SERVED[::2], ids=str)  # each compiles four kernels
+# each compiles four kernels
+@pytest.mark.parametrize("case", SERVED[::2] + [case for case in SINK_CASES if served(case)], ids=str)
 def test_cases_forward_and_backward(case, device, seed, plans):
     inputs = make_inputs(case, device, seed)
     results, _ = calls.forward_and_backward(case, inputs, seed)

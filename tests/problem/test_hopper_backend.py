@@ -52,6 +52,7 @@ REFUSALS = [
     (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
     (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
     (HOPPER, dict(dropout=True), "has no dropout"),
+    (HOPPER, dict(lse_gradient=True), "take none of softmax_lse"),
     (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
     (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
     (CDNA, {}, "this is gfx942"),

@@ -223,11 +223,11 @@ def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, sp
 
 
 @gluon.jit
-def finish(row_max, row_sums, unit):
-    """(1 / row sum, softmax_lse) from the parts of the row sums."""
+def finish(row_max, row_sums, unit, score, head):
+    """(what finishes acc, softmax_lse) from the parts of the row sums."""
     layout: gl.constexpr = row_max.type.layout
     row_sum = gl.convert_layout(gl.sum(row_sums, 1), layout)
-    return softmax_finish(row_max, row_sum, unit)
+    return softmax_finish(row_max, row_sum, unit, score.sinks, head)
 
 
 @gluon.jit
@@ -282,7 +282,7 @@ def attend_overlapped(
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
-        inverse_sum, lse = finish(row_max, row_sums, unit)
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
         p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -360,7 +360,7 @@ def attend_serially(
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
         acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
-        inverse_sum, lse = finish(row_max, row_sums, unit)
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, head)
         mbarrier.arrive(tiles.empty.index(t_slot), count=1)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)

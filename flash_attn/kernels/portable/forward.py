@@ -112,7 +112,7 @@ def attn_fwd_kernel(
         key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
-    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score), score.sinks, head)
     acc *= (inverse_sum * kept_scale(dropout))[:, None]
     store_rows(out, sequence_base(out, batch, head, span.start_q), acc, m_block * BLOCK_M, span.seqlen_q,
                BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
