@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flash_attn
-from flash_attn import backends, dispatch, flash_attn_func, flash_attn_varlen_func
+from flash_attn import backends, flash_attn_func, flash_attn_varlen_func
 from flash_attn.backward import FlashAttnFunction, FlashAttnVarlenFunction, operators
 from flash_attn.errors import InvalidArgument
 from tests.support import calls
@@ -88,14 +88,20 @@ def test_an_unused_lse_costs_nothing(device, seed, monkeypatch):
     """No gradient of zeros reaches the backend, whose results are those of a call that returns out alone."""
     inputs = make_inputs(EMPTY_ROWS, device, seed)
     seen = []
-    original = dispatch.backward
-    monkeypatch.setattr(dispatch, "backward", lambda *x, **y: seen.append(y["dlse"]) or original(*x, **y))
+    for name in ("cpu", "portable"):
+        module = backends.load(name)
+
+        def recording(problem, operands, *rest, original=module.backward):
+            seen.append((problem.lse_gradient, operands.dlse))
+            return original(problem, operands, *rest)
+
+        monkeypatch.setattr(module, "backward", recording)
     out, lse, leaves = attend(EMPTY_ROWS, inputs, seed)
     assert lse.requires_grad
     gradients = torch.autograd.grad(out, leaves, inputs.dout)
     plain = calls.public(EMPTY_ROWS, inputs, *leaves)
     calls.assert_equal(gradients, torch.autograd.grad(plain, leaves, inputs.dout))
-    assert seen == [None, None]
+    assert seen == [(False, None)] * 2
 
 
 @everywhere
@@ -222,7 +228,7 @@ def operator_arguments(case, device, seed):
     inputs = make_inputs(case, device, seed)
     out, lse, _, rng_state = calls.private(case, inputs)
     buffers = [torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v)]
-    tensors = (inputs.dout, gradient_of_lse(lse, seed), inputs.q, inputs.k, inputs.v, out, lse, *buffers)
+    tensors = (inputs.dout, gradient_of_lse(lse, seed), inputs.q, inputs.k, inputs.v, out, lse, None, *buffers)
     lengths = calls.lengths(case, inputs) or (None,) * 4
     return *tensors, *calls.numbers(case, inputs), False, rng_state, *lengths
 
