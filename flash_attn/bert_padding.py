@@ -50,7 +50,8 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         ctx.save_for_backward(indices)
-        return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices, values)
+        # transformers passes int32, which index_copy_ refuses
+        return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices.long(), values)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:

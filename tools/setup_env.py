@@ -6,6 +6,7 @@ Which torch is used, in this order:
 3. the version pinned in constraints/torch.txt, in whatever build the package index offers.
 Triton comes with GPU builds of torch. Where none came, constraints/triton-without-gpu.txt names the one to install.
 FlagGems comes without its dependencies, which pin an old numpy: without a GPU only the sources of its kernels are used.
+So do the clients whose code tests/clients runs, and what constraints/clients.txt says they need.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ PINS = ROOT / "constraints" / "python.txt"
 TORCH_PIN = ROOT / "constraints" / "torch.txt"
 TRITON_PIN = ROOT / "constraints" / "triton-without-gpu.txt"
 FLAGGEMS_PIN = ROOT / "constraints" / "flaggems.txt"
-INPUTS = (Path(__file__).resolve(), ROOT / "pyproject.toml", PINS, TORCH_PIN, TRITON_PIN, FLAGGEMS_PIN)
+CLIENTS_PIN = ROOT / "constraints" / "clients.txt"
+INPUTS = (Path(__file__).resolve(), ROOT / "pyproject.toml", PINS, TORCH_PIN, TRITON_PIN, FLAGGEMS_PIN, CLIENTS_PIN)
 
 NEEDED = ("torch", "einops", "numpy", "setuptools", "pytest", "xdist", "hypothesis")
 USEFUL = ("mypy", "ruff", "matplotlib", "tqdm")
@@ -116,6 +118,8 @@ def install_everything() -> None:
     pip("install", "--constraint", str(PINS), "--no-build-isolation", "--editable", f"{ROOT}[dev]")
     if not pip("install", "--no-deps", "--requirement", str(FLAGGEMS_PIN), check=False):
         say("going on without FlagGems, whose tests are then skipped")
+    if not pip("install", "--no-deps", "--no-compile", "--requirement", str(CLIENTS_PIN), check=False):
+        say("going on without transformers and other clients, whose tests are then skipped")
 
 
 def create_venv(*options: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn.backward.call import attend, differentiate, make_words, outputs, run, save
 from flash_attn.dispatch import empty_gradient
@@ -39,6 +40,7 @@ class FlashAttnFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
@@ -72,6 +74,7 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q = saved[0]
@@ -106,6 +109,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
@@ -156,6 +160,7 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
@@ -193,6 +198,7 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q = saved[0]
@@ -241,6 +247,7 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
@@ -272,6 +279,7 @@ class FlashAttnFunction(torch.autograd.Function):
         return outputs(ctx, results, return_softmax_lse)[:2] if return_softmax_lse else results[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         return *FlashAttnFunc.backward(ctx, dout, dlse)[:3], *(None,) * 6
 
@@ -303,6 +311,7 @@ class FlashAttnVarlenFunction(torch.autograd.Function):
         return outputs(ctx, results, return_softmax_lse)[:2] if return_softmax_lse else results[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         return *FlashAttnVarlenFunc.backward(ctx, dout, dlse)[:3], *(None,) * 10
 

@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, torch_ops
 from flash_attn.backward import operators
+from flash_attn.errors import UnsupportedProblem
 from flash_attn.problem import parse_window
 from flash_attn.sinks import sink_gradient
 
@@ -45,6 +46,8 @@ def make_words(
     max_seqlen_k: int | None = None,
 ) -> Words:
     """The options as plain numbers: callers also pass one-element tensors."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UnsupportedProblem("torch.func.vmap and jvp of attention: put the mapped dimension into the batch")
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
     return Words(

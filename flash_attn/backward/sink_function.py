@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn.backward.call import Words, attend, differentiate, make_words, outputs
 from flash_attn.dispatch import empty_gradient
@@ -46,6 +47,7 @@ class FlashAttnSinkFunc(torch.autograd.Function):
         return outputs(ctx, results, return_softmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         *saved, sinks = ctx.saved_tensors
         q, k, v = saved[:3]

@@ -39,7 +39,8 @@ def test_unpad_then_pad_is_the_masked_batch(mask_dtype, feature_shape):
     assert seqused.dtype == torch.int32
 
     keep = MASK.reshape(*MASK.shape, *[1] * len(feature_shape))
-    assert torch.equal(pad_input(packed, indices, *MASK.shape), hidden * keep)
+    for indices_dtype in (torch.int64, torch.int32):
+        assert torch.equal(pad_input(packed, indices.to(indices_dtype), *MASK.shape), hidden * keep)
 
 
 def test_unpad_input_keeps_room_for_unused_tokens():

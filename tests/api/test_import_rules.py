@@ -147,6 +147,8 @@ RULES = {
     "ops.fused_dense": Rule(("ops", "utils.distributed")),
     "ops": Rule((), ()),
     "losses": Rule(("ops",)),
+    "integrations.transformers": Rule(("flash_attn_interface", "bert_padding"), ("torch", "transformers")),
+    "integrations": Rule((), ()),
     "modules": Rule(
         ("flash_attn_interface", "layers", "modules", "ops", "utils"),
         ("torch", "einops"),
@@ -170,6 +172,7 @@ LAZY_ONLY = {
     "ops.triton.rotary": ("triton", "kernels", "backends.portable"),
     "backends.flaggems": ("flag_gems",),
     "utils.pretrained": ("transformers", "safetensors"),
+    "integrations.transformers": ("transformers",),
 }
 
 MODULE_LINES, FUNCTION_LINES, KERNEL_LINES, ALGEBRA_LINES, PARAMETERS = 400, 60, 80, 20, 14
@@ -186,6 +189,7 @@ UPSTREAM_SIGNATURES = (
     "ops.",
     "utils.",
     "flash_attn_triton.",
+    "integrations.",
 )
 
 # What may be larger: a name or pattern of names -> (how large, why).
