@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flash_attn
-from flash_attn import backends, flash_attn_func, flash_attn_varlen_func
+from flash_attn import backends, dispatch, flash_attn_func, flash_attn_varlen_func
 from flash_attn.backward import FlashAttnFunction, FlashAttnVarlenFunction, operators
 from flash_attn.errors import InvalidArgument
 from tests.support import calls
