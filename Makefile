@@ -25,7 +25,7 @@ test-rest: setup
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) -m "not interpreter and $(NOT_HERE)" tests
 
 test-gpu: setup
-	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) -m gpu tests
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) -m "gpu and not slow" tests
 
 demo: setup
 	$(RUN) examples/train_gpt.py

@@ -30,6 +30,7 @@ class Case(NamedTuple):
     window: tuple[int, int] = WINDOW_SIZE  # keys left, right of the diagonal, inclusive; -1 is unbounded
     softcap: float = 0.0
     alibi: bool = False
+    sinks: bool = False
     dropout_p: float = 0.0
     layout: str = "dense"  # "dense", "varlen" or "paged": packed queries, keys in pages of page_size
     lengths: tuple[int, ...] = ()  # varlen: tokens of every sequence, queries and keys alike
@@ -123,7 +124,7 @@ def describe_name(case: Case) -> str:
         words.append(f"H{case.nheads}/{case.nheads_k}")
     if case.window != WINDOW_SIZE:
         words.append(f"window{case.window[0]}")
-    words += [f"softcap{case.softcap:g}"] * (case.softcap > 0) + ["alibi"] * case.alibi
+    words += [f"softcap{case.softcap:g}"] * (case.softcap > 0) + ["alibi"] * case.alibi + ["sinks"] * case.sinks
     words += [f"dropout{case.dropout_p:g}"] * (case.dropout_p > 0)
     if case.layout == "varlen":
         words.append("equal" if len(set(case.lengths)) == 1 else "mixed")
@@ -144,7 +145,7 @@ def feature_sweep(direction: str) -> list[Case]:
     sweep = []
     for headdim in (64, 128):
         baseline = plain(headdim, 4096, True, direction)
-        variants: tuple[dict[str, Any], ...] = ({"dropout_p": 0.1}, {"alibi": True}, {"softcap": 30.0})
+        variants: tuple[dict[str, Any], ...] = ({"dropout_p": 0.1}, {"alibi": True}, {"softcap": 30.0}, {"sinks": True})
         sweep.append(baseline)
         sweep += [plain(headdim, 4096, True, direction, baseline=baseline.name, **fields) for fields in variants]
         # A row sees about 1024 keys on average, as under a causal mask at 2k, which is therefore its plain kernel.

@@ -34,7 +34,7 @@ def share_kernels(cases: Sequence[Case]) -> list[list[Case]]:
     """Cases that differ in lengths only, which mostly run the same kernels."""
 
     def variant(case: Case) -> tuple[object, ...]:
-        features = (case.window != WINDOW_SIZE, case.softcap > 0, case.alibi, case.dropout_p > 0)
+        features = (case.window != WINDOW_SIZE, case.softcap > 0, case.alibi, case.sinks, case.dropout_p > 0)
         grouped = case.nheads != case.nheads_k
         return case.direction, case.headdim, case.dtype, case.causal, case.layout, grouped, features
 

@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None  # (batch + 1,), int32; queries, and keys outside pages
     cu_seqlens_k: Tensor | None = None  # keys in pages
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32
+    sinks: Tensor | None = None  # (nheads,), in the operands' dtype
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +64,9 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         operand.requires_grad_(case.direction == "backward")
     dout = normal(lead_q, case.nheads)
     inputs = Inputs(q, k, v, dout, _slopes(case, device), _boundaries([q for q, _k in case.sequences], case, device))
+    if case.sinks:
+        sinks = torch.randn(case.nheads, generator=generator, device=device, dtype=q.dtype)
+        inputs = inputs._replace(sinks=sinks.requires_grad_(case.direction == "backward"))
     if case.layout != "paged":
         return inputs
     table = torch.randperm(lead_k[0], generator=generator, device=device).int().view(case.batch, -1)
@@ -99,7 +103,8 @@ def launch(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tuple
         return lambda: (provider.forward(case, inputs),)
     with provider.scope():
         out = provider.forward(case, inputs)
-    return lambda: torch.autograd.grad(out, inputs.operands, inputs.dout, retain_graph=True)
+    leaves = inputs.operands if inputs.sinks is None else (*inputs.operands, inputs.sinks)
+    return lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)[:3]
 
 
 def _ours(case: Case, inputs: Inputs) -> Tensor:
@@ -111,6 +116,7 @@ def _ours(case: Case, inputs: Inputs) -> Tensor:
         "window_size": case.window,
         "softcap": case.softcap,
         "alibi_slopes": inputs.alibi_slopes,
+        "s_aux": inputs.sinks,
     }
     if case.layout != "dense":
         ends_k = inputs.cu_seqlens if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k
@@ -135,8 +141,8 @@ def _our_backend(name: str) -> Provider:
 def _flaggems_unsupported(case: Case, device: torch.device) -> str | None:
     if case.direction == "backward":
         return "the backend flaggems leaves gradients to the portable kernels"
-    if case.dropout_p or case.dtype not in ("bfloat16", "float16"):
-        return "the backend flaggems takes fp16 and bf16 without dropout"
+    if case.dropout_p or case.sinks or case.dtype not in ("bfloat16", "float16"):
+        return "the backend flaggems takes fp16 and bf16 without dropout and sinks"
     return None if device.type == "cuda" else "FlagGems needs an accelerator"
 
 
@@ -154,8 +160,9 @@ def _flaggems_sdpa(case: Case, inputs: Inputs) -> Tensor:
 
 
 def _flaggems_sdpa_unsupported(case: Case, device: torch.device) -> str | None:
-    if case.layout != "dense" or case.alibi or case.softcap or case.dropout_p or case.window != WINDOW_SIZE:
-        return "FlagGems' SDPA takes dense batches without ALiBi, softcap, dropout or window"
+    features = case.alibi or case.sinks or case.softcap or case.dropout_p or case.window != WINDOW_SIZE
+    if case.layout != "dense" or features:
+        return "FlagGems' SDPA takes dense batches without ALiBi, sinks, softcap, dropout or window"
     if case.causal and case.seqlen_q != case.seqlen_k:
         return "FlagGems' SDPA aligns its causal mask top left"
     return None if device.type == "cuda" else "FlagGems needs an accelerator"
@@ -191,8 +198,8 @@ def _fa2(case: Case, inputs: Inputs) -> Tensor:
 def _fa2_unsupported(case: Case, device: torch.device) -> str | None:
     if case.layout == "paged":
         return "PyTorch's FlashAttention-2 operator takes no pages"
-    if case.alibi or case.softcap:
-        return "PyTorch's FlashAttention-2 operator has no ALiBi gradient and no softcap"
+    if case.alibi or case.sinks or case.softcap:
+        return "PyTorch's FlashAttention-2 operator has no ALiBi gradient, no sinks and no softcap"
     if case.causal and case.seqlen_q != case.seqlen_k:
         return "PyTorch's causal mask is top-left aligned"
     if device.type != "cuda" and (case.layout != "dense" or case.window != WINDOW_SIZE or case.dropout_p):
@@ -205,8 +212,8 @@ def _fa2_unsupported(case: Case, device: torch.device) -> str | None:
 def _cudnn_unsupported(case: Case, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "cuDNN needs an NVIDIA GPU"
-    if case.alibi or case.softcap or case.window != WINDOW_SIZE or case.layout != "dense":
-        return "PyTorch's cuDNN attention takes no ALiBi, softcap, window or packed batch"
+    if case.alibi or case.sinks or case.softcap or case.window != WINDOW_SIZE or case.layout != "dense":
+        return "PyTorch's cuDNN attention takes no ALiBi, sinks, softcap, window or packed batch"
     if case.causal and case.seqlen_q != case.seqlen_k:
         return "PyTorch's causal mask is top-left aligned"
     if case.dtype not in ("bfloat16", "float16"):
@@ -217,8 +224,8 @@ def _cudnn_unsupported(case: Case, device: torch.device) -> str | None:
 def _flex_unsupported(case: Case, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "FlexAttention is measured on GPUs only"
-    if case.dropout_p:
-        return "FlexAttention has no dropout"
+    if case.dropout_p or case.sinks:
+        return "FlexAttention has no dropout and no sinks"
     if case.layout != "dense":
         return "FlexAttention is measured on dense batches only"
     return None
@@ -271,6 +278,7 @@ def _reference(case: Case, inputs: Inputs) -> Tensor:
         window=canonical_window(case),
         softcap=case.softcap,
         alibi_slopes=inputs.alibi_slopes,
+        sinks=inputs.sinks,
         compute_dtype=torch.float32,
     )[0].to(inputs.q.dtype)
 

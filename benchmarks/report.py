@@ -304,10 +304,17 @@ def decode_section(document: dict[str, Any]) -> str:
     return decode.table(document)
 
 
+def training_section(document: dict[str, Any]) -> str:
+    from benchmarks import training
+
+    return training.table(document)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernel": kernel_section,
     "host": host_section,
     "decode": decode_section,
+    "training": training_section,
 }
 
 

@@ -149,13 +149,14 @@ def _expected_slice(case: Case, inputs: Inputs, sequence: int, head_k: int) -> S
         tensor.detach()[index].to(precise).unsqueeze(0).requires_grad_(backward)
         for tensor, index in ((inputs.q, index_q), (k, index_k), (v, index_k))
     ]
-    slopes = inputs.alibi_slopes
+    slopes, sinks = inputs.alibi_slopes, inputs.sinks
     out = reference.attention(
         *operands,
         softmax_scale=case.headdim**-0.5,
         window=canonical_window(case),
         softcap=case.softcap,
         alibi_slopes=None if slopes is None else slopes[heads],
+        sinks=None if sinks is None else sinks.detach()[heads],
         compute_dtype=precise,
     )[0]
     if not backward:

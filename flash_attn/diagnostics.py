@@ -159,7 +159,7 @@ def run(
         out, lse, scores = flash_attn.flash_attn_varlen_func(q_t, k_t, v_t, **options)
     gradients = torch.autograd.grad(out, leaves, dout.to(device))
     keep = (scores >= 0)[:, :, : q.shape[0], : k.shape[0]].cpu() if check.dropout_p > 0.0 else None
-    results = (out.detach(), lse, *gradients)
+    results = (out.detach(), lse.detach(), *gradients)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (x.cpu() for x in results), strict=True)), keep
 
 

@@ -4,9 +4,8 @@
 calls come here directly and save its cost.
 """
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,60 +18,61 @@ from flash_attn.problem_kvcache import CacheTensors, check_room, describe_cache,
 
 # the requested backend and the pinned launch configurations that were in force; autograd's threads do not see the caller's
 Scope = tuple[str | None, tuple[tuple[str, Any], ...]]
+# (q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
+Saved = tuple[Any, ...]
 Choose = Callable[[AttentionProblem, hardware.Hardware, str | None], Backend]
 
 
 class Plan:
     """Everything about a call that its tensors' contents and addresses do not change: checks passed, backend chosen."""
 
-    __slots__ = ("backend", "backward_plans", "memo", "problem", "scope", "seqlen_k", "seqlen_q")
+    __slots__ = (
+        "backend",
+        "backward_plans",
+        "contiguous",
+        "memo",
+        "numbers",
+        "options",
+        "problem",
+        "scope",
+        "seqlen_k",
+    )
 
     def __init__(
         self,
-        problem: AttentionProblem,
-        seqlen_q: int,
-        seqlen_k: int,
+        description: tuple[AttentionProblem, int, int],
+        options: tuple[Any, ...],
+        contiguous: bool,
         device: torch.device,
         scope: Scope,
         choose: Choose,
     ) -> None:
-        self.problem = problem
-        self.seqlen_q = seqlen_q
-        self.seqlen_k = seqlen_k
+        self.problem, seqlen_q, self.seqlen_k = description
+        self.options = options  # as its key names them
+        self.contiguous = contiguous  # along the last dimension; otherwise the call copies its tensors
         self.scope = scope
-        self.backend = choose(problem, hardware.of(device), scope[0])
+        self.backend = choose(self.problem, hardware.of(device), scope[0])
+        dropout_p, softmax_scale, _causal, _left, _right, softcap, *_lengths = options
+        # what stands behind q, k and v in the operands
+        self.numbers = (softmax_scale, seqlen_q, self.seqlen_k, self.problem.window, softcap, dropout_p)
         self.memo: dict[str, Any] = {}
         self.backward_plans: dict[Any, Plan] = {}  # of a forward plan, by what only its backward knows
 
 
-UNSCOPED = contextlib.nullcontext()
 _plans: dict[Any, Plan] = {}
 MAX_PLANS = 4096
 
 
-def _plan(
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[Any, ...],
-    describe_call: Callable[[], tuple[Any, int, int]],
-    scope: Scope,
-    choose: Choose,
-) -> Plan:
-    """The plan of a call; calls equal in shapes, strides, dtypes, devices and options share one."""
-    key = (*map(_traits, tensors), numbers, scope)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        device = cast(Tensor, tensors[0]).device
-        plan = _plans[key] = Plan(*describe_call(), device, scope, choose)
+def _keep(key: Any, plan: Plan) -> Plan:
+    if len(_plans) >= MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
     return plan
 
 
-def _traits(x: Tensor | None) -> Any:
+def _traits(x: Tensor) -> Any:
     """What a plan may depend on in a tensor; tensor descriptors need 16-byte alignment."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
 
 def forward(
@@ -97,37 +97,31 @@ def forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
     generator: torch.Generator | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Plan]:
     """(out, softmax_lse, S_dmask, rng_state, plan); S_dmask and rng_state are None without dropout."""
-    q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
-    numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
-    plan = _plan(
-        (q, k, v, *optional),
-        (*numbers, max_seqlen_q, max_seqlen_k),
-        lambda: describe(q, k, v, *numbers, *optional, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
-        (requested_backend(), launch.pins()),
-        choose_backend,
-    )
+    numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    options = (*numbers, max_seqlen_q, max_seqlen_k)
+    scope = (requested_backend(), launch.pins())
+    key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional, sinks)], options, scope)
+    plan = _plans.get(key)
+    if plan is None:
+        copies = contiguous_last(q), contiguous_last(k), contiguous_last(v)
+        contiguous = _same(copies, (q, k, v))
+        q_copy, k_copy, v_copy = copies
+        words = dict(sinks=sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        description = describe(q_copy, k_copy, v_copy, *numbers, *optional, **words)  # type: ignore[arg-type]
+        plan = _keep(key, Plan(description, options, contiguous, q.device, scope, choose_backend))
+    if not plan.contiguous:
+        q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     rng_state = None
     if dropout_p > 0.0:
         # drawn on the device by the default generator: no synchronisation, captured and advanced by CUDA graphs
         rng_state = torch.empty(2, dtype=torch.int64, device=q.device).random_(generator=generator)
-    operands = Operands(
-        q,
-        k,
-        v,
-        softmax_scale,
-        plan.seqlen_q,
-        plan.seqlen_k,
-        plan.problem.window,
-        softcap,
-        dropout_p,
-        *optional,
-        rng_state,
-        zero_tensors,
-        plan.memo,
-    )
+    operands = Operands(q, k, v, *plan.numbers, *optional, rng_state, zero_tensors, plan.memo, sinks)
     out, softmax_lse, scores = plan.backend.forward(plan.problem, operands, return_softmax and dropout_p > 0.0)
     return out, softmax_lse, scores, rng_state, plan
 
@@ -157,55 +151,92 @@ def backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
-    forward_plan: Plan | None = None,
+    dlse: Tensor | None = None,
 ) -> Tensor:
-    """Writes dq, dk, dv; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse.
-
-    `forward_plan` is the plan of the forward whose tensors autograd saved: it stands for their shapes, dtypes and options.
-    """
-    dout, q, k, v, out = map(contiguous_last, (dout, q, k, v, out))
-    softmax_lse = softmax_lse.contiguous()
-    optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
-
+    """Writes dq, dk, dv; returns delta = rowsum(dout * out) - dlse, fp32, shaped like softmax_lse."""
+    tensors = (q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    options = (*numbers, max_seqlen_q, max_seqlen_k)
+    scope = (requested_backend(), launch.pins())
+    traits = [None if x is None else _traits(x) for x in (*tensors, dout, dlse, dq, dk, dv)]
+    key = (*traits, options, deterministic, scope)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _keep(key, _backward_plan(tensors, dout, dlse, Gradients(dq, dk, dv), options, deterministic, scope))
+    return _run_backward(plan, tensors, dout, dlse, Gradients(dq, dk, dv))
 
-    def describe_call() -> tuple[AttentionProblem, int, int]:
-        lengths = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-        words = dict(lengths, deterministic=deterministic, direction="backward")
-        description = describe(q, k, v, *numbers, *optional, **words)  # type: ignore[arg-type]
-        check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
-        if dropout_p > 0.0:
-            check_rng_state(rng_state, q.device)
-        return description
 
-    def make_plan(scope: Scope) -> Plan:
-        tensors = (q, k, v, dout, out, softmax_lse, dq, dk, dv, rng_state, *optional)
-        words = (*numbers, max_seqlen_q, max_seqlen_k, deterministic)
-        return _plan(tensors, words, describe_call, scope, choose_backward_backend)
+def differentiate(
+    forward_plan: Plan,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    deterministic: bool,
+) -> Tensor:
+    """`backward` of a forward whose plan is at hand: it stands for the shapes, dtypes and options of what autograd saved."""
+    q, k, v, out, softmax_lse, *_ = saved
+    # what saved-tensor hooks, dout and the gradients can change between two backward passes of one forward plan
+    tensors = (q, k, v, out, softmax_lse, dout, dq, dk, dv)
+    key = (deterministic, dlse is None, *[x.stride() for x in tensors], *[x.data_ptr() % 16 for x in tensors])
+    plan = forward_plan.backward_plans.get(key)
+    gradients = Gradients(dq, dk, dv)
+    if plan is None:
+        plan = _backward_plan(saved, dout, dlse, gradients, forward_plan.options, deterministic, forward_plan.scope)
+        forward_plan.backward_plans[key] = plan
+    return _run_backward(plan, saved, dout, dlse, gradients)
 
-    if forward_plan is None:
-        plan = make_plan((requested_backend(), launch.pins()))
-    else:
-        key = (deterministic, *_layouts(q, k, v, dout, out, dq, dk, dv))
-        known = forward_plan.backward_plans.get(key)
-        plan = forward_plan.backward_plans[key] = make_plan(forward_plan.scope) if known is None else known
-    operands = Operands(
-        q,
-        k,
-        v,
-        softmax_scale,
-        plan.seqlen_q,
-        plan.seqlen_k,
-        plan.problem.window,
-        softcap,
-        dropout_p,
-        *optional,
-        rng_state if dropout_p > 0.0 else None,
-        memo=plan.memo,
+
+def _backward_plan(
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: Gradients,
+    options: tuple[Any, ...],
+    deterministic: bool,
+    scope: Scope,
+) -> Plan:
+    """Checks a backward and chooses who computes it."""
+    copies, dout_copy = _copied_backward(saved, dout)
+    q, k, v, out, softmax_lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, block_table = copies
+    dropout_p, softmax_scale, causal, left, right, softcap, max_seqlen_q, max_seqlen_k = options
+    numbers = (dropout_p, softmax_scale, causal, left, right, softcap)
+    optional = (slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table)
+    words = dict(
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic, direction="backward"
     )
-    _, pins = plan.scope
-    with launch.pinned(**dict(pins)) if pins else UNSCOPED:
-        return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, Gradients(dq, dk, dv))
+    problem, seqlen_q, seqlen_k = describe(q, k, v, *numbers, *optional, **words)
+    check_gradients(q, k, v, dout_copy, out, softmax_lse, *gradients, dlse)
+    if dropout_p > 0.0:
+        check_rng_state(rng_state, q.device)
+    contiguous = dout_copy is dout and _same(copies, saved)
+    description = problem._replace(lse_gradient=dlse is not None), seqlen_q, seqlen_k
+    return Plan(description, options, contiguous, q.device, scope, choose_backward_backend)
+
+
+def _run_backward(plan: Plan, saved: Saved, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> Tensor:
+    if not plan.contiguous:
+        saved, dout = _copied_backward(saved, dout)
+    q, k, v, out, softmax_lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
+    if not plan.problem.dropout:
+        rng_state = None
+    optional = (slopes, cu_seqlens_q, cu_seqlens_k, None, None, block_table, rng_state)
+    dlse = None if dlse is None else dlse.contiguous()
+    operands = Operands(q, k, v, *plan.numbers, *optional, False, plan.memo, dlse=dlse)
+    pins = plan.scope[1]
+    if not pins:
+        return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, gradients)
+    with launch.pinned(**dict(pins)):
+        return plan.backend.backward(plan.problem, operands, dout, out, softmax_lse, gradients)
+
+
+def _copied_backward(saved: Saved, dout: Tensor) -> tuple[Saved, Tensor]:
+    """The tensors of a backward, copied where their last dimension is not contiguous."""
+    q, k, v, out, softmax_lse, *rest = saved
+    tensors = contiguous_last(q), contiguous_last(k), contiguous_last(v), contiguous_last(out), softmax_lse.contiguous()
+    return (*tensors, *rest), contiguous_last(dout)
 
 
 def attend_cache(
@@ -228,21 +259,19 @@ def attend_cache(
     """
     window = (causal, window_size_left, window_size_right)
     numbers = (softmax_scale, *window, softcap, num_splits)
-    plan = _plan(
-        (q, k_cache, v_cache, *tensors),
-        (*numbers, rotary_interleaved, int_seqlens is None),
-        lambda: describe_cache(
-            contiguous_last(q), k_cache, v_cache, _contiguous(tensors), *numbers, given_seqlens=int_seqlens is not None
-        ),
-        (requested_backend(), launch.pins()),
-        choose_backend,
-    )
-    if "contiguous" not in plan.memo:
-        same = zip(_contiguous(tensors), tensors, strict=True)
-        plan.memo["contiguous"] = contiguous_last(q) is q and all(a is b for a, b in same)
-    if not plan.memo["contiguous"]:
+    options = (0.0, *numbers, rotary_interleaved, int_seqlens is None)
+    scope = (requested_backend(), launch.pins())
+    key = (*[None if x is None else _traits(x) for x in (q, k_cache, v_cache, *tensors)], options, scope)
+    plan = _plans.get(key)
+    if plan is None:
+        q_copy, copies = contiguous_last(q), _contiguous(tensors)
+        given = int_seqlens is not None
+        description = describe_cache(q_copy, k_cache, v_cache, copies, *numbers, given_seqlens=given)
+        contiguous = q_copy is q and _same(copies, tensors)
+        plan = _keep(key, Plan(description, options, contiguous, q.device, scope, choose_backend))
+    if not plan.contiguous:
         q, tensors = contiguous_last(q), _contiguous(tensors)
-    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes = tensors
+    k, v, cos, sin, seqlens, batch_idx, leftpad, block_table, alibi_slopes, sinks = tensors
     seqlen_new = 0 if k is None else k.shape[1]
     if int_seqlens is not None:
         check_room(int_seqlens, seqlen_new, plan.seqlen_k)
@@ -256,17 +285,14 @@ def attend_cache(
         q,
         k_cache,
         v_cache,
-        softmax_scale,
-        plan.seqlen_q,
-        plan.seqlen_k,
-        plan.problem.window,
-        softcap,
+        *plan.numbers,
         alibi_slopes=alibi_slopes,
         seqused_k=seqlens,
         leftpad_k=leftpad,
         block_table=block_table if batch_idx is None else batch_idx[:, None],
         appended=seqlen_new,
         memo=plan.memo,
+        sinks=sinks,
     )
     out, softmax_lse, _ = plan.backend.attend_cache(plan.problem, operands, append, num_splits)
     return out, softmax_lse
@@ -277,12 +303,9 @@ def _contiguous(tensors: CacheTensors) -> CacheTensors:
     return CacheTensors(*[x if x is None or x.dim() == 0 else contiguous_last(x) for x in tensors])
 
 
-def _layouts(*tensors: Tensor) -> tuple[Any, ...]:
-    """Strides and alignment: what saved-tensor hooks, dout and the gradients can change between two backward passes."""
-    addresses = 0
-    for x in tensors:
-        addresses |= x.data_ptr()
-    return (addresses % 16, *[x.stride() for x in tensors])
+def _same(copies: Sequence[Any], tensors: Sequence[Any]) -> bool:
+    """Whether none of the tensors was copied."""
+    return all(copy is x for copy, x in zip(copies, tensors, strict=True))
 
 
 def contiguous_last(x: Tensor) -> Tensor:

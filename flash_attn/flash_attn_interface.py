@@ -19,8 +19,10 @@ from flash_attn.backward.autograd_functions import (
     FlashAttnVarlenQKVPackedFunc,
 )
 from flash_attn.backward.call import run
+from flash_attn.backward.sink_function import FlashAttnSinkFunc
 from flash_attn.errors import InvalidArgument
 from flash_attn.kvcache.kv_attention import attend_with_cache
+from flash_attn.sinks import one_name
 from flash_attn.torch_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -85,6 +87,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> Any:
     """Attention: softmax(scale * q k^T + bias) v, differentiable, memory linear in the sequence lengths.
 
@@ -108,20 +113,43 @@ def flash_attn_func(
         window_size: (left, right) keys visible on each side of the diagonal, inclusive; -1 is unbounded.
         softcap: c > 0 replaces a score s by c * tanh(s / c); 0 is off.
         alibi_slopes: (nheads,) or (batch_size, nheads), fp32; adds -slope * |i + seqlen_k - seqlen_q - j| to a score.
-        deterministic: bitwise reproducible gradients; the portable kernels always are.
+        deterministic: bitwise reproducible gradients; only dq of the Hopper kernels is not by default.
         return_attn_probs: also return softmax_lse and S_dmask, for tests.
+        s_aux: (nheads,), fp32, bf16, fp16 or fp64: attention sinks. Each is one more score in the softmax of every row of its
+            head, whose value is zero: neither scaled nor capped, hidden by no mask, never dropped. A row without any key
+            then has softmax_lse s_aux. Differentiable.
+        learnable_sink: another name of s_aux, as in FlashAttention-4.
 
     Returns:
         out: like q. With return_attn_probs, (out, softmax_lse, S_dmask): softmax_lse (batch_size, nheads, seqlen_q) fp32,
-        natural log; S_dmask is empty without dropout, else (batch_size, nheads, seqlen_q and seqlen_k rounded up to 128),
-        exp(score - row maximum), negative where dropped. Neither carries a gradient.
+        natural log, sinks included; S_dmask is empty without dropout, else (batch_size, nheads, seqlen_q and seqlen_k
+        rounded up to 128), exp(score - row maximum), negative where dropped. softmax_lse carries a gradient, S_dmask none.
 
     Raises:
         InvalidArgument: shapes, dtypes, devices or ranges disagree; the message names both values.
         UnsupportedProblem: no backend can run it; the message lists each backend's reason.
 
-    Source: upstream's flash_attn_func; Dao et al., FlashAttention-2, 2023.
+    Source: upstream's flash_attn_func; Dao et al., FlashAttention-2, 2023; for s_aux, gpt-oss in transformers, and
+    FlashAttention-4's learnable_sink, whose LSE includes it.
     """
+    if s_aux is not None or learnable_sink is not None:
+        return run(
+            FlashAttnSinkFunc,
+            q,
+            k,
+            v,
+            one_name(s_aux, learnable_sink),
+            *(None,) * 4,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            None,
+        )
     return run(
         FlashAttnFunc,
         q,
@@ -228,6 +256,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> Any:
     """`flash_attn_func` of a batch of sequences packed one after the other, without padding.
 
@@ -251,6 +282,27 @@ def flash_attn_varlen_func(
 
     Source: upstream's flash_attn_varlen_func.
     """
+    if s_aux is not None or learnable_sink is not None:
+        return run(
+            FlashAttnSinkFunc,
+            q,
+            k,
+            v,
+            one_name(s_aux, learnable_sink),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            _host_int(max_seqlen_q),
+            _host_int(max_seqlen_k),
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            block_table,
+        )
     return run(
         FlashAttnVarlenFunc,
         q,
@@ -379,6 +431,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> Any:
     """Attention of new queries over a cache of keys and values, which first takes up the new keys and values, in place.
 
@@ -422,6 +477,7 @@ def flash_attn_with_kvcache(
         alibi_slopes: (nheads,) or (batch_size, nheads), fp32; adds -slope * |i + seqlen_k - seqlen_q - j| to a score.
         num_splits: parts that the keys of a sequence are shared out to; 0 chooses, 1 to 128.
         return_softmax_lse: also return softmax_lse.
+        s_aux: (nheads,), attention sinks, as in `flash_attn_func`. So is learnable_sink.
 
     Returns:
         out: like q. With return_softmax_lse, (out, softmax_lse): (batch_size, nheads, seqlen_q) fp32, natural log.
@@ -453,6 +509,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved,
         alibi_slopes,
         num_splits,
+        one_name(s_aux, learnable_sink),
     )
     return (out, softmax_lse) if return_softmax_lse else out
 

@@ -50,6 +50,14 @@ def device_guard(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
+def on_device(device: torch.device, call: Callable[..., Any], *arguments: Any) -> Any:
+    """call(*arguments) while the device is current; a cheaper `device_guard`, for the calls whose host time counts."""
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return call(*arguments)
+    with torch.cuda.device(device):
+        return call(*arguments)
+
+
 def raw_stream_getter(device: torch.device) -> Callable[[], int] | None:
     """A function that gives the device's current stream as Triton's launchers take it, None where that is unknown."""
     if device.type != "cuda":

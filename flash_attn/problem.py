@@ -45,6 +45,8 @@ class AttentionProblem(NamedTuple):
     leftpad_k: bool = False
     deterministic: bool = False
     aligned: bool = False  # see `copied_in_tiles`
+    sinks: bool = False  # of a forward: gradients follow from softmax_lse, which contains them
+    lse_gradient: bool = False  # of a backward: whether softmax_lse has a gradient, too
 
     @property
     def causal(self) -> bool:
@@ -110,6 +112,7 @@ def describe(
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
     *,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     deterministic: bool = False,
@@ -138,8 +141,7 @@ def describe(
                 f"got {tuple(k.shape)}"
             )
     check_numbers(dropout_p, softmax_scale, softcap, window_size_left, window_size_right)
-    if alibi_slopes is not None:
-        check_alibi(alibi_slopes, batch_size, nheads, q.device)
+    check_head_terms(alibi_slopes, sinks, batch_size, nheads, q.device)
     problem = AttentionProblem(
         layout="dense" if not varlen else ("varlen" if block_table is None else "paged"),
         dtype=DTYPES[q.dtype],
@@ -157,6 +159,7 @@ def describe(
         leftpad_k=leftpad_k is not None,
         deterministic=deterministic,
         aligned=copied_in_tiles(q) and copied_in_tiles(k) and copied_in_tiles(v),
+        sinks=sinks is not None,
     )
     return problem, seqlen_q, seqlen_k
 
@@ -170,7 +173,16 @@ def copied_in_tiles(x: Tensor) -> bool:
 
 
 def check_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlse: Tensor | None = None,
 ) -> None:
     """Checks the tensors that only a backward has; q, k and v have passed `describe`.
 
@@ -198,6 +210,13 @@ def check_gradients(
     if softmax_lse.dtype not in (torch.float32, torch.float64):
         raise InvalidArgument(f"softmax_lse must have dtype fp32, got {softmax_lse.dtype}")
     check_device("softmax_lse", softmax_lse, q.device)
+    if dlse is not None:
+        if dlse.shape != expected or dlse.dtype != softmax_lse.dtype:
+            raise InvalidArgument(
+                f"the gradient of softmax_lse must have its shape and dtype, {expected} and {softmax_lse.dtype}, "
+                f"got {tuple(dlse.shape)} and {dlse.dtype}"
+            )
+        check_device("the gradient of softmax_lse", dlse, q.device)
 
 
 def check_rng_state(rng_state: Tensor | None, device: torch.device) -> None:
@@ -328,7 +347,28 @@ def check_numbers(dropout_p: float, softmax_scale: float, softcap: float, left: 
         raise InvalidArgument(f"window_size must be at least -1 on each side, got ({left}, {right})")
 
 
-def check_alibi(alibi_slopes: Tensor, batch_size: int, nheads: int, device: torch.device) -> None:
+def check_head_terms(
+    alibi_slopes: Tensor | None, sinks: Tensor | None, batch_size: int, nheads: int, device: torch.device
+) -> None:
+    """What heads add to their scores, and beside them."""
+    if alibi_slopes is not None:
+        _check_alibi(alibi_slopes, batch_size, nheads, device)
+    if sinks is not None:
+        _check_sinks(sinks, nheads, device)
+
+
+def _check_sinks(sinks: Tensor, nheads: int, device: torch.device) -> None:
+    """One logit a head."""
+    if sinks.dtype not in DTYPES:
+        raise InvalidArgument(f"s_aux must have dtype fp32, bf16, fp16 or fp64, got {sinks.dtype}")
+    if sinks.shape != (nheads,):
+        raise InvalidArgument(
+            f"s_aux must have shape {(nheads,)}, one number for each query head, got {tuple(sinks.shape)}"
+        )
+    check_device("s_aux", sinks, device)
+
+
+def _check_alibi(alibi_slopes: Tensor, batch_size: int, nheads: int, device: torch.device) -> None:
     """One slope a head, or a head of a sequence."""
     if alibi_slopes.dtype != torch.float32:
         raise InvalidArgument(f"ALiBi slopes must have dtype fp32, got {alibi_slopes.dtype}")

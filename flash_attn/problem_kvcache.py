@@ -14,9 +14,9 @@ from flash_attn.problem import (
     AttentionProblem,
     bucket,
     canonical_window,
-    check_alibi,
     check_block_table,
     check_device,
+    check_head_terms,
     check_index,
     check_numbers,
     check_operands,
@@ -38,6 +38,7 @@ class CacheTensors(NamedTuple):
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None  # (batch, max_pages), int32
     alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None  # (nheads,)
 
 
 def describe_cache(
@@ -75,8 +76,7 @@ def describe_cache(
         raise InvalidArgument(
             f"num_splits > {MAX_SPLITS} not supported, nor below 0 (0 chooses a number), got {num_splits}"
         )
-    if tensors.alibi_slopes is not None:
-        check_alibi(tensors.alibi_slopes, batch_size, nheads, q.device)
+    check_head_terms(tensors.alibi_slopes, tensors.sinks, batch_size, nheads, q.device)
     left, right = canonical_window(causal, window_size_left, window_size_right, seqlen_q, capacity)
     problem = AttentionProblem(
         layout="cache" if tensors.block_table is None else "paged_cache",
@@ -92,6 +92,7 @@ def describe_cache(
         alibi=tensors.alibi_slopes is not None,
         seqused_k=tensors.cache_seqlens is not None or given_seqlens,
         leftpad_k=tensors.cache_leftpad is not None,
+        sinks=tensors.sinks is not None,
     )
     return problem, seqlen_q, capacity
 

@@ -4,7 +4,8 @@
     scores = cap(softmax_scale q k^T) - slope |d|   cap(s) = softcap tanh(s / softcap)
     d = i + seqlen_k - seqlen_q - j                 key j is visible to row i when -right <= d <= left
 
-A row that sees no key has out = 0 and lse = -inf. Everything is differentiable by autograd.
+A row that sees no key has out = 0 and lse = -inf. A sink is one more score of every row, whose value is zero. Everything is
+differentiable by autograd.
 """
 
 import math
@@ -86,6 +87,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
     round_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,7 @@ def attention(
         window: (left, right) as in `visible`.
         keep: bool, broadcastable to (B, H, Sq, Sk); where False the weight is dropped. None is no dropout.
         dropout_p: with keep, the kept weights are scaled by 1 / (1 - dropout_p). The lse ignores dropout.
+        sinks: (H,), natural-log scores that take part in the softmax of every row: neither scaled, capped, hidden nor dropped.
         round_to: round where a fused kernel rounds: P = exp(scores - row max) before P v, and out. The sum of the
             unrounded P stays in compute_dtype, which should then be the kernel's accumulator, float32.
 
@@ -109,9 +112,13 @@ def attention(
     """
     q, k, v = (x.to(compute_dtype) for x in (q, k, v))
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    mask = visible(q.shape[1], k.shape[1], window, q.device)
+    seqlen_k = k.shape[1]
+    mask = visible(q.shape[1], seqlen_k, window, q.device)
     s = scores(q, k, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes)
     s = s.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(compute_dtype)[:, None, None].expand(*s.shape[:-1], 1)
+        s, mask = torch.cat([s, sink], -1), torch.cat([mask.expand(s.shape), sink > -math.inf], -1)
 
     # The padding gives amax a key where there is none; 0 for an empty row keeps exp and its gradient free of NaN.
     row_max = functional.pad(s.detach(), (0, 1), value=-math.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
@@ -120,6 +127,7 @@ def attention(
     row_sum = p.sum(-1).masked_fill(empty, 1.0)  # (B, H, Sq)
     softmax_lse = (row_max.squeeze(-1) + torch.log(row_sum)).masked_fill(empty, -math.inf)
 
+    p = p[..., :seqlen_k]
     if keep is not None:
         p = p.masked_fill(~keep, 0.0)
         row_sum = row_sum * (1.0 - dropout_p)

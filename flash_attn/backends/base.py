@@ -31,6 +31,8 @@ class Operands(NamedTuple):
     memo: dict[str, Any] | None = (
         None  # what a backend derived before, for calls equal in all but the tensors' contents
     )
+    sinks: Tensor | None = None  # (nheads,), contiguous, any floating dtype; of a forward
+    dlse: Tensor | None = None  # gradient of softmax_lse, of its shape and dtype, contiguous; of a backward
     appended: int = 0  # keys behind the first seqused_k of every sequence, which take part, too
 
 
@@ -85,7 +87,10 @@ class Backend(Protocol):
         softmax_lse: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        """Writes the gradients; returns delta = rowsum(dout * out), fp32, shaped like softmax_lse."""
+        """Writes the gradients; returns delta = rowsum(dout * out) - dlse, fp32, shaped like softmax_lse.
+
+        Rows whose softmax_lse is infinite see no key, and their dlse counts as 0.
+        """
 
     def attend_cache(
         self, problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int

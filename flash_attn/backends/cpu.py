@@ -42,7 +42,7 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
-    """Span by span; rows outside every sequence get out 0 and softmax_lse -inf."""
+    """Span by span; rows outside every sequence get out 0 and softmax_lse -inf, or the sink."""
     q = operands.q
     work = spans.accumulator(q.dtype)
     result = spans.allocate_result(operands, return_scores)
@@ -65,6 +65,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
                 scale=operands.softmax_scale,
             )
             out_span = out_span.transpose(1, 2)
+        out_span, lse_span = spans.with_sinks(out_span, lse_span, operands.sinks)
         spans.queries(result.out, span).copy_(out_span)
         spans.statistic(result.softmax_lse, span).copy_(lse_span)
     return result
@@ -82,7 +83,7 @@ def backward(
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     work = spans.accumulator(operands.q.dtype)
-    delta = spans.rowsum(dout, out)
+    delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     spans.blank_gradients(operands, gradients)
     for span in _nonempty_spans(operands):
         q_span, dout_span = (spans.queries(x, span).to(work) for x in (operands.q, dout))
@@ -116,7 +117,12 @@ def attend_cache(
 
 def _fused_causal(operands: Operands, span: Span) -> bool | None:
     """The fused operator's `is_causal` for a span; None where the operator does not apply."""
-    if operands.softcap > 0.0 or operands.dropout_p > 0.0 or operands.alibi_slopes is not None:
+    if (
+        operands.dlse is not None
+        or operands.softcap > 0.0
+        or operands.dropout_p > 0.0
+        or operands.alibi_slopes is not None
+    ):
         return None
     left, right = _span_window(operands, span)
     if left is not None or operands.softmax_scale <= 0.0:

@@ -19,7 +19,9 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    score_rest: tuple[Any, ...]  # slope stride, exact, negative
+    score_rest: tuple[
+        Any, ...
+    ]  # slope stride, exact, negative, and no sinks: a forward passes those in place of the last
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 
@@ -39,6 +41,7 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
             None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
             1 if q.dtype == torch.float32 else None,
             1 if operands.softmax_scale < 0.0 else None,
+            None,
         ),
         dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
         lengths=(
@@ -53,16 +56,24 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
     )
 
 
-def empty_results(operands: Operands) -> tuple[Tensor, Tensor]:
+def empty_results(operands: Operands, memo: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Memory for (out, softmax_lse); 0 and -inf where `zero_tensors` asks for it, or no launch will write."""
     q = operands.q
     out = torch.empty_like(q)
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    softmax_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    lse_like = memo.get("lse_like")
+    if lse_like is None:
+        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+        lse_like = memo["lse_like"] = template(shape, q.device)
+    softmax_lse = torch.empty_like(lse_like)
     if operands.zero_tensors or operands.max_seqlen_q == 0:
         out.zero_()
         softmax_lse.fill_(-math.inf)
     return out, softmax_lse
+
+
+def template(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """One fp32 number seen as many: `empty_like` of it costs the host half of an `empty` with dtype and device."""
+    return torch.empty((), dtype=torch.float32, device=device).expand(shape)
 
 
 def optional_tensors(operands: Operands) -> tuple[Tensor | None, ...]:

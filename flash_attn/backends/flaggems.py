@@ -52,6 +52,8 @@ def _outside_domain(problem: AttentionProblem) -> str | None:
         return "FlagGems has no operator over a cache in which new tokens are written and rotated"
     if problem.dropout:
         return "FlagGems' dropout keeps fewer weights than it rescales for, and no backward can rebuild its mask"
+    if problem.sinks:
+        return "FlagGems' attention has no sinks"
     if problem.leftpad_k:
         return "FlagGems' attention has no left padding of the keys"
     if problem.seqused_k and problem.layout != "paged":

@@ -1,4 +1,4 @@
-"""Launches kernels/hopper: the forward of fp16 and bf16 attention on Hopper, warp-specialised and persistent."""
+"""Launches kernels/hopper: fp16 and bf16 attention on Hopper, warp-specialised and persistent."""
 
 import functools
 import math
@@ -19,7 +19,6 @@ from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
-forward_only = "its backward kernels are those of the portable backend"
 
 WORTHWHILE = 1 << 31  # queries * keys * heads * head dim * batch below which the host's time decides
 
@@ -36,6 +35,8 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return "has no kernels that write a cache"
     if problem.dropout:
         return "has no dropout"
+    if problem.lse_gradient:
+        return "its gradients take none of softmax_lse"
     if not problem.aligned:
         return (
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "
@@ -68,13 +69,14 @@ def worthwhile(problem: AttentionProblem) -> bool:
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch."""
     q = operands.q
-    out, softmax_lse = empty_results(operands)
     memo = {} if operands.memo is None else operands.memo
+    out, softmax_lse = empty_results(operands, memo)
     launch = memo.get("forward")
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     with device_guard(q.device):
-        launch(q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), tile_counter(q.device))
+        optional, counter = optional_tensors(operands), tile_counter(q.device)
+        launch(q, operands.k, operands.v, out, softmax_lse, *optional, counter, operands.sinks)
     return ForwardResult(out, softmax_lse, None)
 
 
@@ -86,8 +88,18 @@ def backward(
     softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Not computed here: the table of backends takes the next one that can."""
-    raise UnsupportedProblem(f"backend {name!r} computes no gradients", {name: forward_only})
+    """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
+    delta = torch.empty_like(softmax_lse)
+    memo = {} if operands.memo is None else operands.memo
+    launch = memo.get("backward")
+    if launch is None:
+        from flash_attn.backends.hopper_backward import bind_backward
+
+        launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+    device = operands.q.device
+    with device_guard(device):
+        launch(operands, dout, out, softmax_lse, delta, gradients, tile_counter(device))
+    return delta
 
 
 def attend_cache(
@@ -142,7 +154,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             out_map(p[3]),
             (p[4], *lse_strides),
             (p[5], p[6], p[7], p[8], None),
-            (fixed.scale, fixed.softcap, p[9], *fixed.score_rest),
+            (fixed.scale, fixed.softcap, p[9], *fixed.score_rest[:-1], p[12]),
             p[11],
             num_tiles,
             num_m,

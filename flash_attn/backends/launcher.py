@@ -6,6 +6,7 @@ alignment, is fixed by the plan that owns the launcher.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,19 +46,16 @@ class Launcher:
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
         """Launch on the current stream of the tensors' device."""
+        self.launch(tensors, *pointers(tensors), numbers)
+
+    def launch(
+        self, tensors: Sequence[Tensor | None], addresses: Sequence[Any], aligned: bool, numbers: tuple[int, ...] = ()
+    ) -> None:
+        """As a call, with what `pointers` says of the tensors."""
         if self.num_programs == 0:
             return
-        addresses: list[int | None] = []
-        misaligned = 0
-        for tensor in tensors:
-            if tensor is None:
-                addresses.append(None)
-            else:
-                address = tensor.data_ptr()
-                misaligned |= address
-                addresses.append(address)
-        if self.launch_compiled is None or misaligned % ALIGNMENT or _profiled():
-            self._dispatch(tensors, numbers, aligned=misaligned % ALIGNMENT == 0)
+        if self.launch_compiled is None or not aligned or _profiled():
+            self._dispatch(tensors, numbers, aligned)
             return
         self.launch_compiled(
             self.num_programs,
@@ -88,6 +86,19 @@ class Launcher:
             self.function = compiled.function
             self.metadata = compiled.packed_metadata
             self.launch_compiled = compiled.run
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
+    """The tensors' raw pointers, and whether all are multiples of ALIGNMENT."""
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return addresses, functools.reduce(operator.or_, filter(None, addresses), 0) % ALIGNMENT == 0
+
+
+def launch_all(launchers: Sequence[Launcher], *tensors: Tensor | None) -> None:
+    """Kernels over the same tensors, one after the other; the pointers are read once."""
+    addresses, aligned = pointers(tensors)
+    for launcher in launchers:
+        launcher.launch(tensors, addresses, aligned)
 
 
 @functools.cache

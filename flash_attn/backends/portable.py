@@ -22,9 +22,9 @@ from flash_attn.backends.fixed_arguments import (
     statistic_strides,
     strides,
 )
-from flash_attn.backends.launcher import Launcher
+from flash_attn.backends.launcher import Launcher, launch_all
 from flash_attn.errors import UnsupportedProblem
-from flash_attn.hardware import Hardware, device_guard
+from flash_attn.hardware import Hardware, on_device
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
 from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, pipeline_stages, worth_descriptors
@@ -74,14 +74,15 @@ def _interpreting() -> bool:
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch; a second one for the dropout scores when asked for."""
     q = operands.q
-    out, softmax_lse = empty_results(operands)
     memo = {} if operands.memo is None else operands.memo
+    out, softmax_lse = empty_results(operands, memo)
     launch = memo.get("forward")
     if launch is None:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
-    with device_guard(q.device):
-        launch(q, operands.k, operands.v, out, softmax_lse, *optional_tensors(operands), operands.block_table)
-        scores = dropout_scores(problem, operands) if return_scores else None
+    optional = optional_tensors(operands)
+    tensors = (q, operands.k, operands.v, out, softmax_lse, *optional, operands.block_table, operands.sinks)
+    on_device(q.device, launch, *tensors)
+    scores = on_device(q.device, dropout_scores, problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
 
 
@@ -102,19 +103,13 @@ def backward(
         gradients.dv.zero_()
         return delta
     memo = {} if operands.memo is None else operands.memo
-    bound = memo.get("backward")
-    if bound is None:
-        bound = memo["backward"] = (
-            bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq),
-            bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv),
-        )
-    launch_dq, launch_dkdv = bound
+    launchers = memo.get("backward")
+    if launchers is None:
+        launchers = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
     q, k, v = operands.q, operands.k, operands.v
     optional = optional_tensors(operands)
-    with device_guard(q.device):
-        launch_dq(q, k, v, out, dout, gradients.dq, softmax_lse, delta, lse_log2, *optional)
-        for launch in launch_dkdv:
-            launch(q, k, v, dout, gradients.dk, gradients.dv, delta, lse_log2, *optional)
+    rows = softmax_lse, delta, lse_log2
+    on_device(q.device, launch_all, launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
     return delta
 
 
@@ -155,7 +150,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
-            (scale, softcap, p[9], *score_rest),
+            (scale, softcap, p[9], *score_rest[:-1], p[12]),
             (p[10], *dropout),
             *lengths,
         )
@@ -171,6 +166,23 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         arguments.Dropout,
     )
     return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
+
+
+def bind_backward(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+) -> tuple[Launcher, ...]:
+    """The launches of a backward, for tensors like these.
+
+    Each takes q, k, v, out, dout, dq, dk, dv, softmax_lse, delta, lse_log2 and the optional tensors, so that their pointers are
+    read once.
+    """
+    launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq)
+    return launch_dq, *bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv)
 
 
 def bind_dq(
@@ -198,19 +210,20 @@ def bind_dq(
             (p[3], *out_strides),
             (p[4], *dout_strides),
             (p[5], *dq_strides),
-            (p[6], *row_strides),
-            (p[7], *row_strides),
             (p[8], *row_strides),
+            (p[17], *row_strides) if problem.lse_gradient else None,
+            (p[9], *row_strides),
+            (p[10], *row_strides),
             k_map(p[1]) if tma else None,
             v_map(p[2]) if tma else None,
-            (p[9], p[10], p[11], p[12], None),
-            (scale, softcap, p[13], *score_rest),
-            (p[14], *dropout),
+            (p[11], p[12], p[13], p[14], None),
+            (scale, softcap, p[15], *score_rest),
+            (p[16], *dropout),
             *lengths,
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
-    kinds = (*[arguments.Tensor] * 9, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[arguments.Tensor] * 10, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
 
 
@@ -237,16 +250,16 @@ def bind_dkdv(
                 (p[0], *q_strides),
                 (p[1], *k_strides),
                 (p[2], *v_strides),
-                (p[3], *dout_strides),
-                (p[4], *dk_strides) if with_dk else None,
-                (p[5], *dv_strides) if with_dv else None,
-                (p[6], *row_strides),
-                (p[7], *row_strides),
+                (p[4], *dout_strides),
+                (p[6], *dk_strides) if with_dk else None,
+                (p[7], *dv_strides) if with_dv else None,
+                (p[9], *row_strides),
+                (p[10], *row_strides),
                 q_map(p[0]) if tma else None,
-                dout_map(p[3]) if tma else None,
-                (p[8], p[9], p[10], p[11], None),
-                (scale, softcap, p[12], *score_rest),
-                (p[13], *dropout),
+                dout_map(p[4]) if tma else None,
+                (p[11], p[12], p[13], p[14], None),
+                (scale, softcap, p[15], *score_rest),
+                (p[16], *dropout),
                 *lengths,
             )
 

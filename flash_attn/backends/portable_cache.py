@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flash_attn.backends import portable
 from flash_attn.backends.base import Append, ForwardResult, Operands
-from flash_attn.backends.fixed_arguments import fixed_arguments, page_numbers, strides
+from flash_attn.backends.fixed_arguments import fixed_arguments, page_numbers, strides, template
 from flash_attn.backends.launcher import Launcher
-from flash_attn.hardware import Hardware, device_guard
+from flash_attn.hardware import Hardware, on_device
 from flash_attn.launch.decode import (
     APPEND_ROWS,
     MERGE_SPLITS,
@@ -30,29 +30,40 @@ from flash_attn.launch.rotary import power_of_two
 from flash_attn.problem import AttentionProblem
 
 
+class Merge(NamedTuple):
+    """The launch that merges the parts of a decode call, and templates of the parts."""
+
+    launch: Launcher
+    out_like: Tensor
+    lse_like: Tensor
+
+
 class Decode(NamedTuple):
     """The launches of one decode call; without a merge the first one writes the results itself."""
 
-    num_splits: int
     split: Launcher
-    merge: Launcher | None
+    lse_like: Tensor  # a template of softmax_lse
+    merge: Merge | None
 
 
 def attend_cache(
     problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
 ) -> ForwardResult:
     """See `portable.attend_cache`."""
+    return on_device(operands.q.device, _attend_cache, problem, operands, append, num_splits)
+
+
+def _attend_cache(
+    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+) -> ForwardResult:
     memo = {} if operands.memo is None else operands.memo
-    q = operands.q
-    with device_guard(q.device):
-        if append is not None:
-            q = append_tokens(operands, append, memo)
-        if "decode" not in memo:
-            memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
-        plan = memo["decode"]
-        if plan is None:
-            return portable.forward(problem, operands._replace(q=q))
-        return decode(q, operands, plan)
+    q = operands.q if append is None else append_tokens(operands, append, memo)
+    if "decode" not in memo:
+        memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
+    plan = memo["decode"]
+    if plan is None:
+        return portable.forward(problem, operands._replace(q=q))
+    return decode(q, operands, plan)
 
 
 def append_tokens(operands: Operands, append: Append, memo: dict[str, Any]) -> Tensor:
@@ -178,6 +189,8 @@ def bind_decode(
     out_strides = result_strides(q)
     *pages, whole = page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
+    # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
+    parts = num_splits > 1 or fixed_blocks is not None
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
     numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, *pages)
 
@@ -191,12 +204,10 @@ def bind_decode(
             p[5],
             p[6],
             p[7],
-            (scale, softcap, p[8], *score_rest),
+            (scale, softcap, p[8], *score_rest[:-1], None if parts else p[9]),
             *numbers,
         )
 
-    # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
-    parts = num_splits > 1 or fixed_blocks is not None
     rows = block_m(operands.max_seqlen_q * group)
     constants = {
         "PARTS": parts,
@@ -213,7 +224,8 @@ def bind_decode(
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
-    return Decode(num_splits, split, bind_merge(q, num_splits) if parts else None)
+    lse_like = template((q.shape[0], q.shape[2], q.shape[1]), q.device)
+    return Decode(split, lse_like, bind_merge(q, num_splits) if parts else None)
 
 
 def result_strides(q: Tensor) -> tuple[int, int, int]:
@@ -221,7 +233,7 @@ def result_strides(q: Tensor) -> tuple[int, int, int]:
     return strides(torch.empty_like(q, device="meta"))
 
 
-def bind_merge(q: Tensor, num_splits: int) -> Launcher:
+def bind_merge(q: Tensor, num_splits: int) -> Merge:
     """The launch that merges the parts of queries like these."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.decode import attn_decode_merge_kernel
@@ -230,24 +242,22 @@ def bind_merge(q: Tensor, num_splits: int) -> Launcher:
     out_strides = result_strides(q)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
-        return p[0], p[1], (p[2], *out_strides), p[3], seqlen_q, nheads, num_splits
+        return p[0], p[1], (p[2], *out_strides), p[3], p[4], seqlen_q, nheads, num_splits
 
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
     kinds = (None, None, arguments.Tensor, None)
     num_programs = batch_size * seqlen_q * nheads
-    return Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
+    launch = Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
+    parts = (batch_size, seqlen_q, nheads, num_splits)
+    return Merge(launch, template((*parts, headdim), q.device), template(parts, q.device))
 
 
 def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
     """One launch, or with splits two; q stands for that of the operands."""
-    batch_size, seqlen_q, nheads, headdim = q.shape
-    out = torch.empty_like(q)
-    softmax_lse = torch.empty((batch_size, nheads, seqlen_q), dtype=torch.float32, device=q.device)
+    out, softmax_lse = torch.empty_like(q), torch.empty_like(plan.lse_like)
     part_out, part_lse = out, softmax_lse
     if plan.merge is not None:
-        rows = (batch_size, seqlen_q, nheads, plan.num_splits)
-        part_out = torch.empty((*rows, headdim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+        part_out, part_lse = torch.empty_like(plan.merge.out_like), torch.empty_like(plan.merge.lse_like)
     plan.split(
         q,
         operands.k,
@@ -258,7 +268,8 @@ def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
         operands.leftpad_k,
         operands.block_table,
         operands.alibi_slopes,
+        operands.sinks,
     )
     if plan.merge is not None:
-        plan.merge(part_out, part_lse, out, softmax_lse)
+        plan.merge.launch(part_out, part_lse, out, softmax_lse, operands.sinks)
     return ForwardResult(out, softmax_lse)

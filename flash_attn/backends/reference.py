@@ -46,6 +46,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
             alibi_slopes=spans.slopes(operands, span),
             keep=keep,
             dropout_p=operands.dropout_p,
+            sinks=operands.sinks,
             compute_dtype=compute_dtype,
         )
         spans.queries(result.out, span).copy_(out_span)
@@ -68,7 +69,7 @@ def backward(
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     compute_dtype = spans.accumulator(operands.q.dtype)
-    delta = spans.rowsum(dout, out)
+    delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     left, right = (-1 if side is None else side for side in operands.window)
     spans.blank_gradients(operands, gradients)
     for span in spans.spans(operands):
@@ -86,6 +87,7 @@ def backward(
             keep=_keep(operands, span),
             dropout_p=operands.dropout_p,
             compute_dtype=compute_dtype,
+            dlse=None if operands.dlse is None else spans.statistic(operands.dlse, span),
         )
         spans.queries(gradients.dq, span).copy_(dq)
         spans.keys(gradients.dk, span).copy_(dk)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.backends.base import ForwardResult, Gradients, Operands
+from flash_attn.merge import merge_attention_states
 
 SCORES_ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask up to this
 
@@ -107,19 +108,32 @@ def covered(operands: Operands) -> bool:
 
 
 def allocate_result(operands: Operands, return_scores: bool) -> ForwardResult:
-    """Room for a forward; rows outside every span hold out 0 and softmax_lse -inf, S_dmask (when asked for) is 0."""
+    """Room for a forward; rows outside every span hold out 0 and softmax_lse -inf, or the sink, S_dmask (if asked for) is 0."""
     q = operands.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     softmax_lse = torch.empty(shape, dtype=accumulator(q.dtype), device=q.device)
     if not covered(operands):
         out.zero_()
-        softmax_lse.fill_(-torch.inf)
+        if operands.sinks is None:
+            softmax_lse.fill_(-torch.inf)
+        else:
+            softmax_lse.copy_(operands.sinks[:, None])
     if not return_scores:
         return ForwardResult(out, softmax_lse)
     lengths = (operands.max_seqlen_q, operands.max_seqlen_k)
     rounded = (-(-length // SCORES_ROUNDING) * SCORES_ROUNDING for length in lengths)
     return ForwardResult(out, softmax_lse, q.new_zeros(batch_size(operands), q.shape[-2], *rounded))
+
+
+def with_sinks(out: Tensor, softmax_lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The results of a span with the sinks: merged with a part whose out is 0 and whose softmax_lse is the sink."""
+    if sinks is None:
+        return out, softmax_lse
+    nothing = out.new_zeros(()).expand_as(out)
+    return merge_attention_states(
+        out, softmax_lse, nothing, sinks.to(softmax_lse.dtype)[:, None].expand_as(softmax_lse)
+    )
 
 
 def blank_gradients(operands: Operands, gradients: Gradients) -> None:
@@ -129,10 +143,11 @@ def blank_gradients(operands: Operands, gradients: Gradients) -> None:
             gradient.zero_()
 
 
-def rowsum(dout: Tensor, out: Tensor) -> Tensor:
-    """delta = rowsum(dout * out), shaped like softmax_lse."""
+def softmax_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, softmax_lse: Tensor) -> Tensor:
+    """delta = rowsum(dout * out) - dlse, shaped like softmax_lse; rows that see no key have no dlse."""
     work = accumulator(out.dtype)
-    return (dout.to(work) * out.to(work)).sum(-1).transpose(-1, -2).contiguous()
+    delta = (dout.to(work) * out.to(work)).sum(-1).transpose(-1, -2).contiguous()
+    return delta if dlse is None else delta.sub_(dlse.masked_fill(softmax_lse.isinf(), 0.0))
 
 
 def _length_arrays(operands: Operands) -> tuple[Tensor | None, ...]:

@@ -41,11 +41,11 @@ class FlashAttnFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
         dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
-        differentiate(ctx, saved, dout, dq, dk, dv)
+        differentiate(ctx, saved, dout, dlse, dq, dk, dv)
         return dq, dk, dv, *(None,) * 9
 
 
@@ -75,11 +75,11 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q = saved[0]
         dqkv = q.new_empty((q.shape[0], q.shape[1], 3, q.shape[2], q.shape[3]))
-        differentiate(ctx, saved, dout, *dqkv.unbind(2))
+        differentiate(ctx, saved, dout, dlse, *dqkv.unbind(2))
         return dqkv, *(None,) * 9
 
 
@@ -110,12 +110,12 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
         dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], k.shape[1], 2, k.shape[2], k.shape[3]))
-        differentiate(ctx, saved, dout, dq, *dkv.unbind(2))
+        differentiate(ctx, saved, dout, dlse, dq, *dkv.unbind(2))
         return dq, dkv, *(None,) * 9
 
 
@@ -161,11 +161,11 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
         dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
-        differentiate(ctx, saved, dout, dq, dk, dv)
+        differentiate(ctx, saved, dout, dlse, dq, dk, dv)
         return dq, dk, dv, *(None,) * 14
 
 
@@ -199,11 +199,11 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q = saved[0]
         dqkv = q.new_empty((q.shape[0], 3, q.shape[1], q.shape[2]))
-        differentiate(ctx, saved, dout, *dqkv.unbind(1))
+        differentiate(ctx, saved, dout, dlse, *dqkv.unbind(1))
         return dqkv, *(None,) * 11
 
 
@@ -248,12 +248,12 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
         saved = ctx.saved_tensors
         q, k = saved[:2]
         dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], 2, k.shape[1], k.shape[2]))
-        differentiate(ctx, saved, dout, dq, *dkv.unbind(1))
+        differentiate(ctx, saved, dout, dlse, dq, *dkv.unbind(1))
         return dq, dkv, *(None,) * 13
 
 
@@ -280,8 +280,8 @@ class FlashAttnFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        return *FlashAttnFunc.backward(ctx, dout)[:3], *(None,) * 6
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
+        return *FlashAttnFunc.backward(ctx, dout, dlse)[:3], *(None,) * 6
 
 
 class FlashAttnVarlenFunction(torch.autograd.Function):
@@ -312,8 +312,8 @@ class FlashAttnVarlenFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        return *FlashAttnVarlenFunc.backward(ctx, dout)[:3], *(None,) * 10
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: Any) -> Any:
+        return *FlashAttnVarlenFunc.backward(ctx, dout, dlse)[:3], *(None,) * 10
 
 
 def flash_attn_func_with_grad(

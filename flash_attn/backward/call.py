@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, torch_ops
+from flash_attn.backward import operators
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.problem import parse_window
+from flash_attn.sinks import sink_gradient
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, dispatch.Plan | None]
@@ -61,11 +64,18 @@ def make_words(
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         arguments = _distinct(arguments)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
+    if not torch.is_grad_enabled():
+        return function.forward(None, *arguments, False)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if not any(x.requires_grad for x in tensors):
+        return function.forward(None, *arguments, False)
+    if compiling or torch._C._are_functorch_transforms_active() or any(map(is_functorch_wrapped_tensor, tensors)):
         return function.apply(*arguments, True)
-    return function.forward(None, *arguments, False)
+    # what Function.apply comes to where no argument is torch.func's; its own search costs several times this one
+    return super(torch.autograd.Function, function).apply(*arguments, True)  # type: ignore[misc]
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -91,6 +101,7 @@ def attend(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Results:
     """One forward."""
     left, right = words.window_size
@@ -115,38 +126,58 @@ def attend(
             max_seqlen_q=words.max_seqlen_q,
             max_seqlen_k=words.max_seqlen_k,
             block_table=block_table,
+            sinks=sinks,
         )
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    if sinks is not None:
+        return *operators._wrapped_attention_forward(q, k, v, sinks, *numbers, *lengths, block_table), None
     if cu_seqlens_q is None:
         return *torch_ops._wrapped_flash_attn_forward(q, k, v, *numbers), None
-    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
     return *torch_ops._wrapped_flash_attn_varlen_forward(q, k, v, *lengths, *numbers, block_table=block_table), None
 
 
-def differentiate(ctx: Any, saved: tuple[Any, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes the gradients of the call whose `save` kept these tensors."""
-    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
+def differentiate(
+    ctx: Any,
+    saved: tuple[Any, ...],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    sinks: Tensor | None = None,
+) -> Tensor | None:
+    """Writes the gradients of the call whose `save` kept these tensors, and returns that of the sinks.
+
+    An absent gradient of a result is 0.
+    """
     words: Words = ctx.words
+    q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
+    if dout is None:
+        dout = torch.zeros_like(out)
+    observed = torch_ops.observed(q)
+    if ctx.plan is not None and not observed:
+        delta = dispatch.differentiate(ctx.plan, saved, dout, dlse, dq, dk, dv, words.deterministic)
+        return None if sinks is None else sink_gradient(sinks, softmax_lse, delta, cu_seqlens_q)
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
     numbers = (words.dropout_p, words.softmax_scale, words.causal, left, right, words.softcap, alibi_slopes)
-    if not torch_ops.observed(q) or block_table is not None:
-        dispatch.backward(
-            *tensors,
-            *numbers,
-            words.deterministic,
-            rng_state,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=words.max_seqlen_q,
-            max_seqlen_k=words.max_seqlen_k,
-            block_table=block_table,
-            forward_plan=ctx.plan,
+    rest = (words.deterministic, rng_state)
+    lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
+    if block_table is not None or not observed:  # the operators take no pages
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        varlen = dict(zip(names, lengths, strict=True), block_table=block_table)
+        delta = dispatch.backward(*tensors, *numbers, *rest, **varlen, dlse=dlse)
+        return None if sinks is None else sink_gradient(sinks, softmax_lse, delta, cu_seqlens_q)
+    if dlse is not None or sinks is not None:
+        forward_tensors = (q, k, v, out, softmax_lse, sinks)
+        return operators._wrapped_attention_backward(
+            dout, dlse, *forward_tensors, dq, dk, dv, *numbers, *rest, *lengths
         )
-    elif cu_seqlens_q is None:
-        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, words.deterministic, rng_state)
+    if cu_seqlens_q is None:
+        torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, *rest)
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, words.max_seqlen_q, words.max_seqlen_k)
-        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, words.deterministic, rng_state)
+        torch_ops._wrapped_flash_attn_varlen_backward(*tensors, *lengths, *numbers, *rest)
+    return None
 
 
 def save(
@@ -168,12 +199,14 @@ def save(
 
 
 def outputs(ctx: Any, results: Results, return_softmax: bool) -> Any:
-    """out, or (out, softmax_lse, S_dmask) where the last two carry no gradient."""
+    """out, or (out, softmax_lse, S_dmask) where the last one carries no gradient."""
     out, softmax_lse, scores, _, _ = results
     if not return_softmax:
         return out
     if scores is None:
         scores = out.new_empty((0,))
     if ctx is not None:
-        ctx.mark_non_differentiable(softmax_lse, scores)
+        ctx.mark_non_differentiable(scores)
+        if not torch.compiler.is_compiling():  # which does not know the method, and fills in zeros
+            ctx.set_materialize_grads(False)
     return out, softmax_lse, scores

@@ -4,7 +4,7 @@ It shares nothing with flash_attn.reference, so that the two check each other.
 
     P  = exp(S - lse)                 recomputed from the saved logsumexp; 0 where masked
     dV = Z^T dO                       Z = dropout(P)
-    dP = dropout(dO V^T)              delta = rowsum(dO * O) = rowsum(P * dP)
+    dP = dropout(dO V^T)              delta = rowsum(dO * O) - dlse, where rowsum(dO * O) = rowsum(P * dP)
     dS = P * (dP - delta)             times 1 - (S / softcap)^2, the derivative of softcap * tanh
     dQ = softmax_scale dS K           dK = softmax_scale dS^T Q
 """
@@ -29,6 +29,7 @@ def pytorch_flash_attention_backward(
     dropout_p: float = 0.0,
     compute_dtype: torch.dtype = torch.float64,
     round_to: torch.dtype | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention with respect to q, k and v.
 
@@ -50,6 +51,7 @@ def pytorch_flash_attention_backward(
         keep: bool (B, H, Sq, Sk), False where the forward dropped the weight; None is no dropout.
         dropout_p: with keep, the forward scaled the kept weights by 1 / (1 - dropout_p).
         round_to: round dropout(P) and dS before the products, as a fused kernel does; compute_dtype is then float32.
+        dlse: (B, H, Sq), the gradient of softmax_lse; None is 0.
 
     Returns:
         dq, dk, dv: like q, k, v, in their dtypes.
@@ -80,6 +82,8 @@ def pytorch_flash_attention_backward(
 
     dropout: Tensor | float = 1.0 if keep is None else keep.to(compute_dtype).unflatten(1, heads) / (1 - dropout_p)
     delta = einsum("bihgd,bihgd->bhgi", dout, out)[..., None]
+    if dlse is not None:
+        delta = delta - dlse.to(compute_dtype).unflatten(1, heads)[..., None].masked_fill(lse.isinf(), 0.0)
     dp = einsum("bihgd,bjhd->bhgij", dout, v) * dropout
     ds = p * (dp - delta) * cap_slope
     z = p * dropout

@@ -190,6 +190,7 @@ class PagedKVCache(PageTable):
         rotary_interleaved: bool = True,
         num_splits: int = 0,
         return_softmax_lse: bool = False,
+        s_aux: Tensor | None = None,
     ) -> Any:
         """Appends k and v to the open step's sequences, and attends with q over all their keys. Forward only.
 
@@ -237,7 +238,7 @@ class PagedKVCache(PageTable):
                 q.shape[-1], 0.0, softmax_scale, causal, window_size, softcap, False, max(step.new), step.max_seqlen_k
             )
             lengths = (step.cu_seqlens_q, step.cu_seqlens_k, step.block_table)
-            out, lse = attend_packed(q, self.k[layer], self.v[layer], words, alibi_slopes, False, *lengths)[:2]
+            out, lse = attend_packed(q, self.k[layer], self.v[layer], words, alibi_slopes, False, *lengths, s_aux)[:2]
         else:
             out, lse = attend_with_cache(
                 q,
@@ -258,6 +259,7 @@ class PagedKVCache(PageTable):
                 rotary_interleaved,
                 alibi_slopes,
                 num_splits,
+                s_aux,
             )
         return (out, lse) if return_softmax_lse else out
 

@@ -40,6 +40,7 @@ def attend_with_cache(
     rotary_interleaved: bool,
     alibi_slopes: Tensor | None,
     num_splits: int,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of `flash_attn_with_kvcache`; an int `cache_seqlens` means every sequence."""
     if softmax_scale is None:
@@ -55,14 +56,14 @@ def attend_with_cache(
             int_seqlens = operator.index(cache_seqlens)
             cache_seqlens = None
     tensors = CacheTensors(
-        k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
+        k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks
     )
     if not listens:
         return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
-    *arrays, slopes = (None if x is None else x.detach() for x in tensors)
-    return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits)
+    *arrays, slopes, sinks = (None if x is None else x.detach() for x in tensors)
+    return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits, sinks)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def _flash_attn_with_kvcache(
     rotary_interleaved: bool,
     alibi_slopes: Tensor | None,
     num_splits: int,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = CacheTensors(
         k,
@@ -41,6 +42,7 @@ def _flash_attn_with_kvcache(
         cache_leftpad,
         block_table,
         alibi_slopes,
+        s_aux,
     )
     return attend_cache(
         q,
@@ -78,6 +80,7 @@ def _flash_attn_with_kvcache_fake(
     rotary_interleaved: bool,
     alibi_slopes: Tensor | None,
     num_splits: int,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch_size, seqlen_q, nheads, _ = q.shape
     return torch.empty_like(q), q.new_empty(

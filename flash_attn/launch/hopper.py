@@ -21,6 +21,44 @@ class HopperForwardConfig(NamedTuple):
     heads_together: int  # heads whose tiles are drawn in turn
 
 
+class HopperDqConfig(NamedTuple):
+    """Pipeline of one persistent dq program of two consumers."""
+
+    block_n: int  # keys of a loop step
+    k_stages: int
+    v_stages: int
+    q_stages: int  # query tiles in flight, and of dout
+    registers: int
+    heads_together: int
+
+
+class HopperDkdvConfig(NamedTuple):
+    """Pipeline of one persistent dkdv program of two consumers."""
+
+    block_m: int  # queries of a loop step
+    k_stages: int  # key tiles in flight, and value tiles
+    q_stages: int
+    dout_stages: int
+    registers: int
+    heads_together: int
+
+
+class HopperOnePassConfig(NamedTuple):
+    """Pipeline of one persistent program of two consumers that computes all gradients."""
+
+    block_m: int  # queries of a loop step: a consumer's part of their dq is 64 x 64
+    k_stages: int
+    registers: int
+    heads_together: int
+
+
+class HopperTwoPassConfig(NamedTuple):
+    """dq, then dk and dv: in one launch, or in one for each."""
+
+    dq: HopperDqConfig
+    dkdv: tuple[HopperDkdvConfig, ...]
+
+
 def head_dim_pad(headdim: int) -> int:
     """The power of two that a tile's head dimension is padded to in shared memory; a swizzled row has at least 64."""
     return max(64, forward.head_dim_pad(headdim))
@@ -34,10 +72,73 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT)):
+    if pad == 64 and max(problem.seqlen_q, problem.seqlen_k) <= SHORT and problem.window[0] is None:
+        return TWO_CONSUMERS_SHORT
+    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT_CAUSAL)):
         return TWO_CONSUMERS
     return FORWARD[pad][problem.causal]
 
+
+def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
+    """The configuration for the gradients of one problem.
+
+    One pass has 5 products instead of 7, but sums dq in an order that varies; with large heads, or a softcap on blocks of 128
+    queries, it does not fit the registers.
+    """
+    return pinned_config("hopper_backward") or _choose_backward(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
+    pad = head_dim_pad(problem.headdim)
+    if problem.deterministic or pad not in ONE_PASS or (problem.softcap and ONE_PASS[pad].block_m == 128):
+        bytes_k = 4 * problem.seqlen_k * pad // 2  # half of K and V, of which causal rows see half
+        bytes_q = 4 * problem.seqlen_q * pad * (problem.nheads // problem.nheads_k)
+        dq, dkdv = TWO_PASS[pad][problem.softcap or problem.alibi]
+        return HopperTwoPassConfig(
+            dq._replace(heads_together=_heads_in_cache(problem, bytes_k)),
+            tuple(config._replace(heads_together=_heads_in_cache(problem, bytes_q)) for config in dkdv),
+        )
+    bytes_q = 8 * problem.seqlen_q * pad * (problem.nheads // problem.nheads_k)  # Q, dout and dq in fp32
+    config = ONE_PASS[pad]
+    if pad == 128 and problem.seqlen_q > (LONG_CAUSAL if problem.causal else LONG):
+        config = config._replace(k_stages=1)
+    return config._replace(heads_together=_heads_in_cache(problem, bytes_q))
+
+
+def _heads_in_cache(problem: AttentionProblem, bytes_per_head: int) -> int:
+    """Heads whose tiles are drawn in turn when these differ in length: as many as the L2 cache holds, but enough of them."""
+    return max(HEADS_TOGETHER, L2_SHARE // max(1, bytes_per_head)) if problem.causal else 1
+
+
+L2_SHARE = 24_000_000  # bytes of the 60 MB of L2 that what tiles loop over may take
+HEADS_TOGETHER = 8  # of head dim 128 or 256 and 16k tokens: 3 to 7 % faster than the one or two that the cache holds
+
+# (plain scores, softcap or ALiBi), each dq, then dkdv, or dk and dv; chosen to compile with few spills
+TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
+    64: (
+        HopperTwoPassConfig(HopperDqConfig(128, 2, 2, 2, 240, 1), (HopperDkdvConfig(128, 2, 2, 2, 240, 1),)),
+        HopperTwoPassConfig(HopperDqConfig(128, 2, 2, 2, 240, 1), (HopperDkdvConfig(64, 2, 2, 2, 240, 1),)),
+    ),
+    128: (
+        HopperTwoPassConfig(HopperDqConfig(128, 2, 2, 1, 240, 1), (HopperDkdvConfig(64, 2, 2, 2, 240, 1),)),
+        HopperTwoPassConfig(HopperDqConfig(64, 2, 2, 2, 240, 1), (HopperDkdvConfig(64, 2, 2, 2, 240, 1),)),
+    ),
+    256: (
+        HopperTwoPassConfig(
+            HopperDqConfig(64, 2, 1, 1, 240, 1),
+            (HopperDkdvConfig(64, 1, 2, 1, 240, 1), HopperDkdvConfig(64, 1, 2, 2, 240, 1)),
+        ),
+        HopperTwoPassConfig(
+            HopperDqConfig(32, 2, 2, 1, 240, 1),
+            (HopperDkdvConfig(32, 1, 2, 2, 240, 1), HopperDkdvConfig(64, 1, 2, 2, 240, 1)),
+        ),
+    ),
+}
+# queries from which on a second tile of K and V costs more, by what it takes from the L1 cache, than loading them late:
+# 3 % at 4k and 16k tokens, 2 % at 16k causal tokens, H200, 2026-11-22
+LONG, LONG_CAUSAL = 2048, 8192
+ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 
 # (not causal, causal); H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {
@@ -56,5 +157,8 @@ FORWARD = {
 }
 # where tiles of 192 rows waste more on the diagonal than they gain, and where masks of two sides do not fit the 160 registers
 # of three consumers' threads
-SHORT = 2048  # tokens
+SHORT_CAUSAL = 2048  # tokens
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 2, True, False, 240, 8)
+# where the last of the tiles of 192 rows is a third full; a third stage is worth 8 % here and costs 2 % at 4k tokens
+SHORT = 1024
+TWO_CONSUMERS_SHORT = TWO_CONSUMERS._replace(num_stages=3)

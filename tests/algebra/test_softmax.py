@@ -32,9 +32,12 @@ def step_in_parts(row_max, row_sums, tile, unit, ROWS: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def fold_kernel(
-    scores, values, unit, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
+    scores, values, unit, sinks, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """out = softmax(scores * unit / log2(e)) values, one value per key; the row sums in one or several parts."""
+    """out = softmax(scores * unit / log2(e)) values, one value per key; the row sums in one or several parts.
+
+    Where there are sinks, each row has its own.
+    """
     rows = tl.arange(0, ROWS)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -50,7 +53,7 @@ def fold_kernel(
         acc = acc * rescale + tl.sum(weights * tl.load(values + cols)[None, :], 1)
     if PARTS > 1:
         row_sum = tl.sum(row_sums, 1)
-    inverse_sum, row_lse = algebra.softmax_finish(row_max, row_sum, unit)
+    inverse_sum, row_lse = algebra.softmax_finish(row_max, row_sum, unit, sinks, rows)
     tl.store(out + rows, acc * inverse_sum)
     tl.store(lse + rows, row_lse)
 
@@ -60,16 +63,18 @@ def parts(request):
     return request.param
 
 
-def fold(scores, values, scale, parts):
+def fold(scores, values, scale, parts, sinks=None):
     out, lse = torch.empty(ROWS), torch.empty(ROWS)
     tiles = scores.shape[1] // TILE
-    fold_kernel[(1,)](scores, values, scale * LOG2_E, out, lse, tiles, ROWS=ROWS, TILE=TILE, PARTS=parts)
+    fold_kernel[(1,)](scores, values, scale * LOG2_E, sinks, out, lse, tiles, ROWS=ROWS, TILE=TILE, PARTS=parts)
     return out, lse
 
 
-def check_fold(scores, values, scale, parts):
-    out, lse = fold(scores, values, scale, parts)
+def check_fold(scores, values, scale, parts, sinks=None):
+    out, lse = fold(scores, values, scale, parts, sinks)
     exact = scores.double() * scale
+    if sinks is not None:
+        exact, values = torch.cat([exact, sinks.double()[:, None]], 1), torch.nn.functional.pad(values, (0, 1))
     empty = torch.isinf(exact).all(1)
     assert torch.equal(lse == -torch.inf, empty) and torch.all(out[empty] == 0.0)
     weights = torch.softmax(exact, 1).nan_to_num()
@@ -109,22 +114,36 @@ def test_scores_far_apart(order, parts):
     check_fold(scores.flip(1) if order < 0 else scores, torch.arange(4.0 * TILE), 1.0, parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.125, 1e-30])
+def test_a_sink_is_one_more_score_without_a_value(scale, dtype, seed, parts):
+    """In natural units whatever the scale; for rows without a key, too, and with sinks that outweigh everything or nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = 3.0 * torch.randn(ROWS, 2 * TILE, generator=generator)
+    scores[3], scores[4] = -torch.inf, -torch.inf
+    sinks = (3.0 * torch.randn(ROWS, generator=generator)).to(dtype)
+    sinks[4:8] = torch.tensor([-torch.inf, -torch.inf, 1e4, -1e4])
+    check_fold(scores, torch.randn(2 * TILE, generator=generator), scale, parts, sinks)
+
+
 @triton.jit
-def weights_kernel(scores, unit, lse, dweights, delta, weights, dscores, lse2, ROWS: tl.constexpr, TILE: tl.constexpr):
+def weights_kernel(
+    scores, unit, lse, dweights, delta, dlse, weights, dscores, lse2, ROWS: tl.constexpr, TILE: tl.constexpr
+):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, TILE)
     offsets = rows[:, None] * TILE + cols[None, :]
     row_lse = algebra.lse_log2(tl.load(lse + rows))
     tl.store(lse2 + rows, row_lse)
     p = algebra.softmax_weights(tl.load(scores + offsets), unit, row_lse[:, None])
     tl.store(weights + offsets, p)
-    row_delta = tl.load(delta + rows)
+    row_delta = algebra.softmax_delta(tl.load(delta + rows), tl.load(dlse + rows), row_lse)
     tl.store(dscores + offsets, algebra.softmax_backward(p, tl.load(dweights + offsets), row_delta[:, None]))
 
 
-def recompute(scores, scale, lse, dweights, delta):
+def recompute(scores, scale, lse, dweights, delta, dlse):
     weights, dscores, lse2 = torch.empty_like(scores), torch.empty_like(scores), torch.empty_like(lse)
     weights_kernel[(1,)](
-        scores, scale * LOG2_E, lse, dweights, delta, weights, dscores, lse2, ROWS=ROWS, TILE=TILE
+        scores, scale * LOG2_E, lse, dweights, delta, dlse, weights, dscores, lse2, ROWS=ROWS, TILE=TILE
     )  # fmt: skip
     return weights, dscores, lse2
 
@@ -134,10 +153,11 @@ def test_weights_and_gradient_from_lse(seed):
     scores, dweights = (torch.randn(ROWS, TILE, generator=generator) for _ in range(2))
     exact = scores.double().mul(0.5).requires_grad_()
     p = torch.softmax(exact, 1)
-    (expected,) = torch.autograd.grad(p, exact, dweights.double())
+    dlse = torch.randn(ROWS, generator=generator)
+    (expected,) = torch.autograd.grad((p, torch.logsumexp(exact, 1)), exact, (dweights.double(), dlse.double()))
     lse = torch.logsumexp(exact, 1).float().detach()
     delta = (p * dweights).sum(1).float().detach()
-    weights, dscores, _ = recompute(scores, 0.5, lse, dweights, delta)
+    weights, dscores, _ = recompute(scores, 0.5, lse, dweights, delta, dlse)
     torch.testing.assert_close(weights.double(), p.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dscores.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -147,6 +167,7 @@ def test_rows_without_a_key_weigh_nothing():
     lse = torch.full((ROWS,), -torch.inf)
     scores = torch.full((ROWS, TILE), 50.0)
     scores[: ROWS // 2] = -torch.inf
-    weights, dscores, lse2 = recompute(scores, 1.0, lse, torch.ones_like(scores), torch.zeros(ROWS))
+    dlse = torch.full((ROWS,), torch.nan)
+    weights, dscores, lse2 = recompute(scores, 1.0, lse, torch.ones_like(scores), torch.zeros(ROWS), dlse)
     assert torch.all(lse2 == torch.inf)
     assert torch.all(weights == 0.0) and torch.all(dscores == 0.0)

@@ -53,6 +53,10 @@ PUBLIC = {
     "flash_attn_varlen_kvpacked_func": (f"q kv {PACKED_LENGTHS}", OPTIONS),
     "flash_attn_with_kvcache": ("q k_cache v_cache", CACHE_OPTIONS),
 }
+EXTRA = {  # ours, keyword-only, so that upstream's positions stay upstream's; transformers looks for s_aux by name
+    name: [("s_aux", None), ("learnable_sink", None)]
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+}
 NUMBERS = "dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes"
 GRADIENTS = "dout q k v out softmax_lse dq dk dv"
 OPERATORS = {
@@ -125,9 +129,12 @@ def test_public_functions(name):
     function = getattr(flash_attn, name)
     assert function is getattr(flash_attn_interface, name)
     assert name in flash_attn.__all__
-    assert parameters(function) == required(names) + options
-    kinds = {p.kind for p in inspect.signature(function).parameters.values()}
-    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    extra = EXTRA.get(name, [])
+    assert parameters(function) == required(names) + options + extra
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    upstreams = len(kinds) - len(extra)
+    assert set(kinds[:upstreams]) == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert kinds[upstreams:] == [inspect.Parameter.KEYWORD_ONLY] * len(extra)
 
 
 def plain_function(operator):

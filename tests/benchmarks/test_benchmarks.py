@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import decode, host, report, run, timing
+from benchmarks import decode, host, report, run, timing, training
 from benchmarks.cases import SWEEPS, Case, comparison_groups, plain, sweep_cases, visible_pairs
 from benchmarks.prewarm import share_kernels
 from benchmarks.providers import PROVIDERS, Provider, canonical_window, installed, launch, make_inputs
@@ -86,7 +86,7 @@ PACKED = GQA | {"layout": "varlen", "lengths": (33, 5, 0, 21), "seqlen_q": 33, "
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("changes", [GQA, GQA | {"alibi": True, "window": (7, 0)}, PACKED])
+@pytest.mark.parametrize("changes", [GQA, GQA | {"alibi": True, "window": (7, 0)}, GQA | {"sinks": True}, PACKED])
 def test_reference_slices_agree_with_the_whole(direction, changes):
     """The slices that a run checks are those of the full computation, heads and packing included."""
     case = plain(16, 40, True, direction, **changes)
@@ -101,6 +101,7 @@ def test_reference_slices_agree_with_the_whole(direction, changes):
 
 def whole_result(case, inputs):
     words = {"window": canonical_window(case), "softcap": case.softcap, "alibi_slopes": inputs.alibi_slopes}
+    words["sinks"] = inputs.sinks
     if case.layout == "varlen":
         out = reference.attention_varlen(*inputs.operands, inputs.cu_seqlens, inputs.cu_seqlens, **words)[0]
     else:
@@ -272,6 +273,21 @@ def test_a_tiny_decode_run(tmp_path, capsys):
             assert row["error"] < 1e-4 and row["host_us"] > 0
     table = report.decode_section(document)
     assert case.name in table and "page 16" in table
+
+
+def test_a_tiny_training_run(tmp_path, capsys):
+    words = ["--tiny", "--steps", "2", "--providers", "ours", "math", "--device", "cpu", "--out", str(tmp_path)]
+    assert training.main(words) == 0
+    rows = json.loads((tmp_path / "training.json").read_text())["training"]
+    assert [row["provider"] for row in rows] == ["ours", "math"]
+    assert all(row["median_ms"] > 0.0 for row in rows) and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)
+    assert "ms a step" in report.generated_part(tmp_path)
+
+
+def test_training_runs_must_agree(monkeypatch):
+    monkeypatch.setitem(training.ATTENTIONS, "math", lambda q, k, v: 5.0 * q)
+    with pytest.raises(RuntimeError, match="losses of the first batch differ"):
+        training.measure(["ours", "math"], training.TINY, torch.device("cpu"), 1)
 
 
 def test_a_wrong_decode_result_is_refused(monkeypatch):

@@ -36,6 +36,7 @@ from flash_attn.kernels.algebra.score import (  # noqa: E402
 from flash_attn.kernels.algebra.softmax import (  # noqa: E402
     lse_log2,
     softmax_backward,
+    softmax_delta,
     softmax_finish,
     softmax_pivot,
     softmax_rescale,
@@ -73,10 +74,13 @@ def hopper() -> list[Variant]:
 
 
 def features() -> list[Variant]:
-    kinds = [name for name in variants.FEATURES if name not in ("plain", "paged")]
+    kinds = [name for name in variants.FEATURES if name not in ("plain", "paged", "sinks", "lse_gradient")]
     archs = ("sm_90", "sm_80", "gfx942")
     found = [variant for arch in archs for name in kinds for variant in both(arch, 128, feature=name)]
-    found += [Variant("forward", arch, 128, feature="paged") for arch in archs]
+    found += [Variant("forward", arch, 128, feature=name) for arch in archs for name in ("paged", "sinks")]
+    found += [Variant("backward", arch, 128, feature="lse_gradient") for arch in archs]
+    found += [Variant("forward", "sm_90", headdim, feature="sinks", long=True) for headdim in (64, 128, 256)]
+    found += [Variant("backward", "sm_90", headdim, feature="lse_gradient", long=True) for headdim in (64, 128, 256)]
     return found + [variant for name in ("gqa", "everything") for variant in both("sm_90", 64, feature=name)]
 
 
@@ -210,14 +214,15 @@ def probe_kernel(
         tile = score_backward(tile, tile, score) * gradient_scale(score)
     elif FUNCTION == "softmax_step":
         weights, rescale, row_max, row_sum = softmax_step(row_values, row_values, tile, 1.0)
-        inverse_sum, lse = softmax_finish(row_max, row_sum, 1.0)
+        inverse_sum, lse = softmax_finish(row_max, row_sum, 1.0, score.sinks, batch)
         tile = weights * (rescale * inverse_sum + lse)[:, None]
     elif FUNCTION == "softmax_pivot":
         pivot = softmax_pivot(row_values, 1.0)
         tile = softmax_weights(tile, 1.0, pivot[:, None]) * softmax_rescale(row_values, 1.0, pivot)[:, None]
     elif FUNCTION == "softmax_weights":
         weights = softmax_weights(tile, 1.0, lse_log2(row_values)[:, None])
-        tile = softmax_backward(weights, tile, row_values[:, None])
+        row_delta = softmax_delta(row_values, row_values, lse_log2(row_values))
+        tile = softmax_backward(weights, tile, row_delta[:, None])
     elif FUNCTION == "drop":
         key = load_key(dropout, batch)
         row_word = row_words(dropout, key, batch * SIZE, rows[:, None])
@@ -254,7 +259,7 @@ def test_gluon_calls_every_algebra_function(arch, tmp_path):
                 indices,
                 Sequences(indices, indices, indices, indices, 3),
                 Pages(indices, 4, 4, 16, 8, 4),
-                Score(0.1, softcap=30.0, alibi_slopes=_meta(4), stride_alibi_b=0, negative=1),
+                Score(0.1, softcap=30.0, alibi_slopes=_meta(4), stride_alibi_b=0, negative=1, sinks=_meta(4)),
                 Dropout(_meta(2, dtype=torch.int64), 60000, 1.1),
                 5,
                 0,

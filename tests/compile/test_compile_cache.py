@@ -39,6 +39,7 @@ class Variant:
     new: bool = False
     rotary: str = ""  # "interleaved" or "halves"
     scores: bool = False  # window, softcap and ALiBi
+    sinks: bool = False
     num_splits: int = 0
     batch_size: int = BATCH_SIZE
     room: int = ROOM
@@ -46,7 +47,8 @@ class Variant:
     def __str__(self) -> str:
         words = [self.arch, f"d{self.headdim}", self.dtype, f"q{self.seqlen_q}", f"h{self.nheads}.{self.nheads_k}"]
         words += [f"page{self.page}"] * bool(self.page) + ["idx"] * self.batch_idx + ["leftpad"] * self.leftpad
-        return "-".join([*words, *["new"] * self.new, *[self.rotary] * bool(self.rotary), *["scores"] * self.scores])
+        words += ["new"] * self.new + [self.rotary] * bool(self.rotary)
+        return "-".join([*words, *["scores"] * self.scores, *["sinks"] * self.sinks])
 
 
 def launch(variant: Variant) -> None:
@@ -64,14 +66,15 @@ def launch(variant: Variant) -> None:
     batch_idx = indices if variant.batch_idx else None
     slopes = _meta(variant.nheads) if variant.scores else None
     softcap, left = (30.0, 300) if variant.scores else (0.0, -1)
-    tensors = CacheTensors(new, new, angles, angles, indices, batch_idx, leftpad, table, slopes)
+    sinks = _meta(variant.nheads, dtype=dtype) if variant.sinks else None
+    tensors = CacheTensors(new, new, angles, angles, indices, batch_idx, leftpad, table, slopes, sinks)
     problem, seqlen_q, room = describe_cache(
         q, k_cache, k_cache, tensors, 0.1, True, left, -1, softcap, variant.num_splits
     )
     operands = Operands(
         q, k_cache, k_cache, 0.1, seqlen_q, room, problem.window, softcap, alibi_slopes=slopes, seqused_k=indices,
         leftpad_k=leftpad, block_table=indices[:, None] if variant.batch_idx else table,
-        appended=seqlen_q if variant.new else 0,
+        appended=seqlen_q if variant.new else 0, sinks=sinks,
     )  # fmt: skip
     append = Append(new, new, angles, angles, variant.rotary == "interleaved") if variant.new else None
     hardware = ARCHITECTURES[variant.arch].hardware
@@ -91,6 +94,9 @@ def features(arch: str) -> list[Variant]:
         Variant(arch, 128, page=24, leftpad=True),
         Variant(arch, 128, batch_idx=True, leftpad=True),
         Variant(arch, 128, scores=True, num_splits=4),
+        Variant(arch, 128, sinks=True, num_splits=1),
+        Variant(arch, 128, sinks=True, num_splits=4),
+        Variant(arch, 128, seqlen_q=1024, sinks=True),
         Variant(arch, 128, seqlen_q=8),
         Variant(arch, 128, seqlen_q=16, page=16),
         Variant(arch, 128, seqlen_q=1024, page=16),

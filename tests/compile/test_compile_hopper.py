@@ -17,7 +17,15 @@ triton = pytest.importorskip("triton")
 from flash_attn import launch  # noqa: E402
 from flash_attn.backends import hopper  # noqa: E402
 from flash_attn.backends.base import Operands  # noqa: E402
-from flash_attn.launch.hopper import FORWARD, SHORT, TWO_CONSUMERS, head_dim_pad, hopper_forward_config  # noqa: E402
+from flash_attn.launch.hopper import (  # noqa: E402
+    FORWARD,
+    SHORT,
+    SHORT_CAUSAL,
+    TWO_CONSUMERS,
+    TWO_CONSUMERS_SHORT,
+    head_dim_pad,
+    hopper_forward_config,
+)
 from flash_attn.problem import AttentionProblem, describe  # noqa: E402
 from tests.compile.budgets import hopper_budget  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
@@ -41,7 +49,8 @@ FEATURES = {
     "varlen": ("varlen", "gqa"),
     "seqused_k": ("varlen", "seqused_k"),
     "leftpad_k": ("varlen", "leftpad_k"),
-    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k"),
+    "sinks": ("sinks", "gqa"),
+    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks"),
 }
 
 
@@ -53,16 +62,17 @@ class Variant:
     causal: bool
     feature: str = "plain"  # of FEATURES
     dtype: str = "bfloat16"
-    seqlen: int = 2 * SHORT
+    seqlen: int = 2 * SHORT_CAUSAL
 
     def __str__(self) -> str:
-        mask, short = "causal" if self.causal else "full", "short" if self.seqlen <= SHORT else ""
+        mask, short = "causal" if self.causal else "full", "short" if self.seqlen <= SHORT_CAUSAL else ""
         return "-".join(filter(None, (f"d{self.headdim}", self.dtype, mask, self.feature, short)))
 
 
 def variants() -> list[Variant]:
     """Every row of the launch tables as it is; then every feature, in turn over the rows and the dtypes."""
-    rows = [(headdim, causal, 2 * SHORT) for headdim in FORWARD for causal in (False, True)] + [(64, True, SHORT)]
+    rows = [(headdim, causal, 2 * SHORT_CAUSAL) for headdim in FORWARD for causal in (False, True)]
+    rows += [(64, True, SHORT_CAUSAL), (64, False, SHORT)]
     plain = [Variant(headdim, causal, seqlen=seqlen) for headdim, causal, seqlen in rows]
     turns, dtypes = cycle(rows), cycle(("float16", "bfloat16"))
     features = [name for name in FEATURES if name != "plain"]
@@ -72,8 +82,9 @@ def variants() -> list[Variant]:
         for headdim, causal, seqlen in (next(turns),)
     ]
     heaviest = [Variant(headdim, True, "everything") for headdim in FORWARD]
+    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
     odd = [Variant(headdim, True) for headdim in (40, 96, 192)]
-    return list(dict.fromkeys([*plain, *mixed, *heaviest, *odd]))
+    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd]))
 
 
 def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem, Operands]:
@@ -95,8 +106,11 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
     left, right = (64 if side in features else -1 for side in ("left", "right"))
     softcap = 30.0 if "softcap" in features else 0.0
     longest = dict(max_seqlen_q=variant.seqlen, max_seqlen_k=variant.seqlen)
-    problem, *lengths = describe(q, k, v, 0.0, 0.1, variant.causal, left, right, softcap, **optional, **longest)
-    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, **optional)
+    sinks = _meta(NHEADS, dtype=dtype) if "sinks" in features else None
+    problem, *lengths = describe(
+        q, k, v, 0.0, 0.1, variant.causal, left, right, softcap, **optional, **longest, sinks=sinks
+    )
+    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, **optional, sinks=sinks)
 
 
 def compile_forward(*calls: tuple[AttentionProblem, Operands], cache_dir) -> list[Launch]:
@@ -137,7 +151,7 @@ def test_variant(variant, tmp_path):
 def test_the_variants_cover_the_tables_and_the_features():
     """Every configuration, feature and dtype."""
     chosen = {hopper_forward_config(operands_of(variant)[0]) for variant in variants()}
-    assert chosen == {config for row in FORWARD.values() for config in row} | {TWO_CONSUMERS}
+    assert chosen == {config for row in FORWARD.values() for config in row} | {TWO_CONSUMERS, TWO_CONSUMERS_SHORT}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}
 

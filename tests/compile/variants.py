@@ -23,6 +23,8 @@ FEATURES = {
     "dropout": ("dropout",),
     "varlen": ("varlen", "gqa"),
     "paged": ("varlen", "paged", "gqa"),
+    "sinks": ("sinks",),
+    "lse_gradient": ("lse_gradient",),
     "everything": ("varlen", "gqa", "window", "softcap", "alibi", "dropout"),
 }
 
@@ -71,12 +73,26 @@ def operands_of(variant: Variant) -> tuple[AttentionProblem, Operands]:
     dropout_p = 0.1 if "dropout" in features else 0.0
     softcap = 30.0 if "softcap" in features else 0.0
     left = 64 if "window" in features else -1
+    sinks = _meta(NHEADS, dtype=dtype) if "sinks" in features else None
+    longest = dict(max_seqlen_q=seqlen, max_seqlen_k=seqlen)
     problem, seqlen_q, seqlen_k = describe(
-        q, k, v, dropout_p, 0.1, variant.causal, left, -1, softcap, **optional, max_seqlen_q=seqlen, max_seqlen_k=seqlen
+        q, k, v, dropout_p, 0.1, variant.causal, left, -1, softcap, **optional, **longest, sinks=sinks
     )
+    problem = problem._replace(lse_gradient="lse_gradient" in features)
     rng_state = _meta(2, dtype=torch.int64) if dropout_p else None
     operands = Operands(
-        q, k, v, 0.1, seqlen_q, seqlen_k, problem.window, softcap, dropout_p, **optional, rng_state=rng_state
+        q,
+        k,
+        v,
+        0.1,
+        seqlen_q,
+        seqlen_k,
+        problem.window,
+        softcap,
+        dropout_p,
+        **optional,
+        rng_state=rng_state,
+        sinks=sinks,
     )
     return problem, operands
 
@@ -91,6 +107,8 @@ def launch(variant: Variant, hardware: Hardware) -> None:
         else:
             statistic = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
             gradients = Gradients(*map(torch.empty_like, (q, k, v)))
+            if problem.lse_gradient:
+                operands = operands._replace(dlse=_meta(*statistic))
             portable.backward(problem, operands, q, q, _meta(*statistic), gradients)
 
 

@@ -24,7 +24,7 @@ CASES = [
     Case("causal-short-queries", BF16, 64, 4, 2, (34,), (258,), causal=True),
     Case("tensor-descriptors", BF16, 128, 2, 2, (129,), (193,), causal=True),
     Case("odd-headdim", FP16, 59, 2, 1, (65,), (97,)),
-    Case("varlen", BF16, 64, 4, 2, (65, 0, 1, 130), (65, 7, 129, 0), "varlen", causal=True),
+    Case("varlen", BF16, 64, 4, 2, (65, 0, 1, 130), (65, 7, 129, 0), "varlen", causal=True, sink=BF16),
     Case("everything", FP16, 64, 2, 1, (65,), (129,), "dense", (40, 9), False, 3.0, "bh", 0.2, "transposed"),
 ]
 BAD_LENGTHS = ([0, 100000, -5, 160], [50, 10, 2**31 - 1, 192])
@@ -73,7 +73,9 @@ def solve_rotary(device: torch.device) -> None:
 
 CACHE_CASES = [
     CacheCase("rows", BF16, 64, 8, 2, 1, (130, 17), 1, "halves", 64, causal=True, num_splits=2),
-    CacheCase("pages", BF16, 64, 8, 2, 1, (130, 17), 1, "halves", 64, page=16, causal=True, num_splits=2, spare=0),
+    CacheCase(
+        "pages", BF16, 64, 8, 2, 1, (130, 17), 1, "halves", 64, page=16, causal=True, num_splits=2, sink=BF16, spare=0
+    ),
 ]
 
 

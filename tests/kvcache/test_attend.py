@@ -83,6 +83,7 @@ class Transcript:
         q = self.rotated(q.to(dtype), torch.arange(len(text) - len(q), len(text)))
         left, _ = self.options.get("window_size", (-1, -1))
         options = {name: x for name, x in self.options.items() if name in ("softcap", "alibi_slopes", "softmax_scale")}
+        options["sinks"] = self.options.get("s_aux")
         out, lse = reference.attention(
             q[None], self.rotated(k, places)[None], v[None], window=(None if left < 0 else left, 0), **options
         )
@@ -98,6 +99,7 @@ OPTIONS = {
     "causal": dict(),
     "window": dict(window_size=(5, 0)),
     "softcap": dict(softcap=3.0, softmax_scale=0.7),
+    "sinks": dict(s_aux=torch.tensor([0.5, -1.0, 3.0, 1.5], dtype=torch.bfloat16)),
     "alibi": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0])),
 }
 

@@ -4,7 +4,13 @@ import pytest
 
 from flash_attn import backends
 from tests.support import calls
-from tests.support.kvcache import CACHE_CASES, SMALL_CACHE_CASES, run_and_check
+from tests.support.kvcache import (
+    CACHE_CASES,
+    SINK_CACHE_CASES,
+    SMALL_CACHE_CASES,
+    SMALL_SINK_CACHE_CASES,
+    run_and_check,
+)
 
 
 @pytest.fixture
@@ -15,14 +21,20 @@ def device(request):
 
 @pytest.mark.parametrize(
     "case, device",
-    calls.placed({"cpu": CACHE_CASES, "gpu": CACHE_CASES, "interpreter": SMALL_CACHE_CASES}),
+    calls.placed(
+        {
+            "cpu": CACHE_CASES + SINK_CACHE_CASES[::3],
+            "gpu": CACHE_CASES + SINK_CACHE_CASES,
+            "interpreter": SMALL_CACHE_CASES + SMALL_SINK_CACHE_CASES,
+        }
+    ),
     indirect=["device"],
 )
 def test_kvcache_matches_the_truth(case, device, seed):
     run_and_check(case, device, seed)
 
 
-@pytest.mark.parametrize("case", CACHE_CASES[::5], ids=str)
+@pytest.mark.parametrize("case", CACHE_CASES[::5] + SINK_CACHE_CASES[::10], ids=str)
 def test_kvcache_of_the_reference_backend_matches_the_truth(case, seed):
     with backends.use("reference"):
         run_and_check(case, "cpu", seed)

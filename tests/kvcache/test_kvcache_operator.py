@@ -13,7 +13,7 @@ from tests.support.kvcache import CacheCase, bits, changed, expected_of, make_ca
 
 NAMES = (
     "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad block_table softmax_scale "
-    "causal window_size_left window_size_right softcap rotary_interleaved alibi_slopes num_splits"
+    "causal window_size_left window_size_right softcap rotary_interleaved alibi_slopes num_splits s_aux"
 )
 ARGUMENTS = NAMES.split()
 CASES = {
@@ -21,6 +21,7 @@ CASES = {
     "pages": CacheCase("operator", FP16, 32, 4, 2, 2, (17, 30), 2, page=16, leftpad=(3, 0), alibi="h", softcap=2.0),
     "read": CacheCase("operator", FP16, 32, 4, 2, 3, (17, 30), batch_idx=True, window=(9, -1)),
     "int": CacheCase("operator", FP16, 32, 4, 2, 1, (17, 17), 1, seqlens_as="int"),
+    "sinks": CacheCase("operator", FP16, 32, 4, 2, 1, (17, 30), 1, causal=True, sink=BF16),
 }
 
 

@@ -15,7 +15,9 @@ from flash_attn.launch.hopper import (
     CONSUMER_ROWS,
     FORWARD,
     SHORT,
+    SHORT_CAUSAL,
     TWO_CONSUMERS,
+    TWO_CONSUMERS_SHORT,
     head_dim_pad,
     hopper_forward_config,
 )
@@ -50,6 +52,7 @@ REFUSALS = [
     (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
     (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
     (HOPPER, dict(dropout=True), "has no dropout"),
+    (HOPPER, dict(lse_gradient=True), "take none of softmax_lse"),
     (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
     (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
     (CDNA, {}, "this is gfx942"),
@@ -138,14 +141,11 @@ def test_worthwhile_is_a_matter_of_work():
 
 
 @needs_gluon
-def test_explain_names_who_computes_the_gradients(caplog):
+def test_it_computes_gradients_and_serves_no_cache():
     verdicts = explain(problem(), HOPPER)
-    assert verdicts["hopper"] == f"runs it, gradients by portable: {hopper.forward_only}"
-    assert verdicts["portable"] == "could run it"
+    assert (verdicts["hopper"], verdicts["portable"]) == ("runs it", "could run it")
     for requested in (None, "hopper"):
-        assert backends.choose_backward_backend(problem(), HOPPER, requested).name == "portable"
-    with pytest.raises(UnsupportedProblem, match="computes no gradients"):
-        hopper.backward(*[None] * 6)
+        assert backends.choose_backward_backend(problem(), HOPPER, requested).name == "hopper"
     with pytest.raises(UnsupportedProblem, match="serves no cache"):
         hopper.attend_cache(*[None] * 4)
 
@@ -206,7 +206,8 @@ def test_strides_of_single_elements_do_not_matter():
     assert not describe(odd, none, none, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned, "a map has no empty side"
 
 
-CONFIGS = {(pad, config) for pad, row in FORWARD.items() for config in row} | {(64, TWO_CONSUMERS)}
+CONFIGS = {(pad, config) for pad, row in FORWARD.items() for config in row}
+CONFIGS |= {(64, TWO_CONSUMERS), (64, TWO_CONSUMERS_SHORT)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -246,11 +247,15 @@ def test_every_problem_has_a_configuration():
         for window in ((None, None), (None, 0), (9, 9)):
             config = hopper_forward_config(problem(headdim=headdim, window=window))
             assert (pad, config) in CONFIGS
-    short = problem(headdim=64, window=(None, 0), seqlen_q=SHORT)
-    assert hopper_forward_config(short) is TWO_CONSUMERS
-    assert hopper_forward_config(short._replace(seqlen_q=2 * SHORT)) is FORWARD[64][1]
-    assert hopper_forward_config(short._replace(seqlen_q=2 * SHORT, window=(100, 0))) is TWO_CONSUMERS
-    assert hopper_forward_config(short._replace(window=(None, None))) is FORWARD[64][0]
+    causal = problem(headdim=64, window=(None, 0), seqlen_q=SHORT_CAUSAL, seqlen_k=SHORT_CAUSAL)
+    assert hopper_forward_config(causal) is TWO_CONSUMERS
+    assert hopper_forward_config(causal._replace(seqlen_q=2 * SHORT_CAUSAL)) is FORWARD[64][1]
+    assert hopper_forward_config(causal._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0))) is TWO_CONSUMERS
+    assert hopper_forward_config(causal._replace(window=(None, None))) is FORWARD[64][0]
+    for window in ((None, 0), (None, None)):
+        short = causal._replace(window=window, seqlen_q=SHORT, seqlen_k=SHORT)
+        assert hopper_forward_config(short) is TWO_CONSUMERS_SHORT
+        assert hopper_forward_config(short._replace(seqlen_k=2 * SHORT)) is not TWO_CONSUMERS_SHORT
 
 
 def test_a_pinned_configuration():

@@ -176,7 +176,7 @@ DIFFERENTIABLE = {
     "packed": (
         (3, 2, 5),
         lambda x, t, offsets: apply_rotary_emb(
-            x, *t, False, False, offsets, torch.tensor([0, 3], dtype=torch.int32), 3
+            x, *t, False, False, offsets, torch.tensor([0, 3], dtype=torch.int32, device=x.device), 3
         ),
     ),
     "qkv_": ((1, 2, 3, 1, 4), lambda x, t, offsets: apply_rotary_emb_qkv_(x.clone(), *t, seqlen_offsets=offsets)),

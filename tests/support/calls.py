@@ -83,6 +83,8 @@ def numbers(case: Case, inputs: Inputs) -> tuple[Any, ...]:
 def public(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Any:
     """flash_attn_func or flash_attn_varlen_func of a case."""
     function = flash_attn_func if case.layout == "dense" else flash_attn_varlen_func
+    if case.sink is not None:
+        extra = dict(s_aux=inputs.sinks) | extra
     return function(q, k, v, *lengths(case, inputs), **words(case, inputs), **extra)
 
 
@@ -116,7 +118,7 @@ def forward_and_backward(case: Case, inputs: Inputs, seed: int) -> tuple[dict[st
         out = public(case, inputs, *leaves)
         lse, keep = lse_and_keep(case, inputs, out, seed)
     dq, dk, dv = torch.autograd.grad(out, leaves, inputs.dout)
-    return dict(out=out.detach(), lse=lse, dq=dq, dk=dk, dv=dv), keep
+    return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv), keep
 
 
 def lse_and_keep(case: Case, inputs: Inputs, out: Tensor, seed: int) -> tuple[Tensor, Any]:

@@ -3,7 +3,7 @@
 The axes are lists of values and `CASES` follows from them without randomness, so a name means the same problem always.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, cycle, product
 
@@ -30,6 +30,7 @@ class Case:
     alibi: str | None = None  # None | "h" | "bh"
     dropout_p: float = 0.0
     strides: str = "contiguous"  # "contiguous" | "packed" | "transposed"
+    sink: torch.dtype | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -178,3 +179,13 @@ SMALL_CASES = [
     Case("small-varlen", FP16, 32, 2, 1, (17, 0, 1, 30), (17, 4, 33, 0), "varlen", causal=True),
     Case("small-everything", FP32, 24, 2, 1, (33, 5), (21, 40), "varlen", (12, -1), True, 2.0, "bh", 0.25, "packed"),
 ]
+
+
+def with_sinks(cases: list) -> list:
+    """The same problems with attention sinks, in turn of every dtype."""
+    return [
+        replace(case, name=f"sink-{case.name}", sink=dtype) for case, dtype in zip(cases, cycle((FP32, BF16, FP16)))
+    ]
+
+
+SINK_CASES, SMALL_SINK_CASES = with_sinks(CASES), with_sinks(SMALL_CASES)

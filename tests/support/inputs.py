@@ -29,6 +29,7 @@ class Inputs:
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
+    sinks: Tensor | None = None  # (H,)
 
 
 def make_inputs(case: Case, device: torch.device | str, seed: int) -> Inputs:
@@ -58,7 +59,13 @@ def make_inputs(case: Case, device: torch.device | str, seed: int) -> Inputs:
         cu_seqlens_k=_cu_seqlens(case, case.seqlens_k, device),
         max_seqlen_q=max(case.seqlens_q),
         max_seqlen_k=max(case.seqlens_k),
+        sinks=None if case.sink is None else random_sinks(case.nheads, case.sink, device, generator),
     )
+
+
+def random_sinks(nheads: int, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> Tensor:
+    """Some heads give most of their weight to the sink, some next to nothing."""
+    return (2.0 + 2.0 * torch.randn(nheads, generator=generator)).to(device, dtype)
 
 
 def random_keep(case: Case, device: torch.device | str, seed: int) -> Tensor | list[Tensor] | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_with_kvcache, reference
-from tests.support.cases import AXES, BF16, FP16, FP32, pairwise
-from tests.support.inputs import GUARD
+from tests.support.cases import AXES, BF16, FP16, FP32, pairwise, with_sinks
+from tests.support.inputs import GUARD, random_sinks
 from tests.support.tolerance import LSE_TOLERANCE, MAX_FACTOR, assert_close
 
 
@@ -42,6 +42,7 @@ class CacheCase:
     num_splits: int = 0
     permuted: bool = False  # the caches are views of (seqlen, batch, heads, dim) memory
     seqlens_as: str = "tensor"  # "tensor" | "int", for equal lengths | "none", for full caches
+    sink: torch.dtype | None = None
     spare: int = 21  # tokens that a cache has room for beyond those in use
 
     def __str__(self) -> str:
@@ -196,6 +197,8 @@ SMALL_CACHE_CASES = [
     CacheCase("small-forward-kernel-idx", FP32, 16, 4, 1, 17, (19, 40), 1, batch_idx=True, leftpad=(3, 17)),
 ]
 
+SINK_CACHE_CASES, SMALL_SINK_CACHE_CASES = with_sinks(CACHE_CASES), with_sinks(SMALL_CACHE_CASES)
+
 
 def make_cache_inputs(case: CacheCase, device: torch.device | str, seed: int) -> CacheInputs:
     """Standard normal tokens in the case's places; NaN everywhere else."""
@@ -237,6 +240,7 @@ def make_cache_inputs(case: CacheCase, device: torch.device | str, seed: int) ->
         else (0.3 * torch.rand(slopes[case.alibi], generator=generator)).to(device),
         num_splits=case.num_splits,
         return_softmax_lse=True,
+        s_aux=None if case.sink is None else random_sinks(case.nheads, case.sink, device, generator),
     )
     return CacheInputs(arguments, pages, slots)
 
@@ -340,6 +344,7 @@ class CacheExpected:
             window=case.interval,
             softcap=case.softcap,
             alibi_slopes=None if slopes is None else slopes.expand(case.batch_size, case.nheads)[b : b + 1],
+            sinks=arguments["s_aux"],
             compute_dtype=compute,
             round_to=round_to,
         )

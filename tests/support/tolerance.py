@@ -4,7 +4,7 @@ Truth is flash_attn.reference in float64 on the same low-precision inputs. Match
 a kernel rounds: P, dS and the results in the input dtype, sums in float32. With e the error against the truth:
 
     finite
-    max|e| <= 2 (max|e_matched| + eps max|ref| + noise)
+    max|e| <= 2 (max|e_matched| + eps max|ref| + noise sqrt(2 ln n)),   n elements
     rms_row(e) <= factor * (worst matched row) * size_row + noise           for every row
     |lse - ref| <= 1e-4 (1 + |ref|), and -inf exactly where the truth has it
 
@@ -14,12 +14,13 @@ a kernel rounds: P, dS and the results in the input dtype, sums in float32. With
 A row near zero (the first causal row of dq, a key that nobody sees, a key far down an ALiBi slope) has no relative
 error of its own, so it is measured against the typical row. eps / 2 is the most that rounding a result once can add; it
 matters where the matched run has too few rows for a sample, or is exact. The noise is 16 roundoffs of the accumulator
-times the size of the summed terms: what is left where they cancel, and all there is for float32.
+times the typical size of the summed terms: what is left where they cancel, and all there is for float32. The largest of n
+normal terms is sqrt(2 ln n) times the typical one.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -45,6 +46,7 @@ class Results:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dsink: Tensor | None = None  # of the truth, (H,)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,27 @@ class Expected:
             assert_close(actual[what], ref, getattr(matched, what), what, terms=terms)
 
 
+def assert_dsink_close(
+    dsink: Tensor, truth: Results, inputs: Inputs, out: Tensor, lse: Tensor, dlse: Tensor | None = None
+) -> None:
+    """Accept the gradient of the sinks when no error is larger than what those of out and lse, accepted before, make of it.
+
+    With w = exp(sink - lse) the gradient is -sum of w (dout . out - dlse) over the rows of a head, so that errors e of out and
+    lse add at most w (|dout| |e_out| + (|dout| |out| + |dlse|) |e_lse|) a row, to first order.
+    """
+    dout = inputs.dout.double().abs()
+    ref_out, ref_lse = truth.out.abs(), truth.lse
+    weights = torch.exp(inputs.sinks.double()[:, None] - ref_lse)
+    size = (dout * ref_out).sum(-1).mT + (0.0 if dlse is None else dlse.double().abs())
+    inherited = (dout * (out.double() - truth.out).abs()).sum(-1).mT + size * (lse.double() - ref_lse).abs()
+    noise = NOISE_ROUNDOFFS * torch.finfo(torch.promote_types(out.dtype, torch.float32)).eps
+    terms = weights * (1.1 * inherited + noise * size)
+    budget = terms.sum(-1) if terms.dim() == 2 else terms.sum((0, 2))
+    budget = budget + torch.finfo(dsink.dtype).eps * truth.dsink.abs() + torch.finfo(dsink.dtype).tiny
+    error = (dsink.double() - truth.dsink).abs()
+    _require(error <= budget, dsink, truth.dsink, f"dsink: error {error.max().item():.3e}", error / budget)
+
+
 def assert_close(
     actual: Tensor, reference_fp64: Tensor, matched: Tensor | None, what: str, *, terms: float = 0.0
 ) -> None:
@@ -91,7 +114,8 @@ def assert_close(
     eps = torch.finfo(actual.dtype).eps
     size = reference_fp64.abs().max().item()
     noise = NOISE_ROUNDOFFS * torch.finfo(accumulator).eps * max(size, terms)
-    _check_max(actual, reference_fp64, matched, what, eps * size + noise)
+    peak = math.sqrt(2.0 * math.log(max(2, actual.numel())))
+    _check_max(actual, reference_fp64, matched, what, eps * size + noise * peak)
     _check_rows(actual, reference_fp64, matched, what, eps, noise)
 
 
@@ -155,15 +179,18 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean(-1).sqrt()
 
 
-def expected(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None) -> Expected:
+def expected(
+    case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None, dlse: Tensor | None = None
+) -> Expected:
     """The truth and the matched run of a case, sequence by sequence.
 
     Args:
+        dlse: the gradient of lse, shaped like it; None is 0.
         keep: the dropout mask, (B, H, Sq, Sk); when varlen a list of (1, H, Sq, Sk). Needed when case.dropout_p > 0.
     """
     if case.dropout_p > 0.0 and keep is None:
         raise ValueError(f"{case.name}: dropout_p = {case.dropout_p} needs keep")
-    parts = dense_parts(case, inputs, keep)
+    parts = dense_parts(case, inputs, keep, dlse)
     truth = join(case, [_truth(case, part) for part in parts])
     saved = [_attention(case, part, part.q, part.k, part.v, **_rounding(case)) for part in parts]
     matched = join(case, [_matched(case, part, *forward) for part, forward in zip(parts, saved, strict=True)])
@@ -171,7 +198,8 @@ def expected(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = No
         _rms(x.double().flatten()).nan_to_num().item() for x in (inputs.q, inputs.k, inputs.v, inputs.dout)
     )
     # dS is a difference of terms dout v^T, of rms sqrt(D) rms(dout) rms(v); the default scale takes the sqrt(D) away.
-    terms = {"out": v, "dq": dout * v * k, "dk": dout * v * q, "dv": dout}
+    ds = dout * v + (0.0 if dlse is None else _rms(dlse.double().flatten()).item())
+    terms = {"out": v, "dq": ds * k, "dk": ds * q, "dv": dout}
     return Expected(truth, matched, partial(_matched_from, case, parts), terms)
 
 
@@ -185,18 +213,24 @@ class Part:
     dout: Tensor
     alibi_slopes: Tensor | None
     keep: Tensor | None
+    dlse: Tensor | None
+    sinks: Tensor | None
 
 
-def dense_parts(case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None) -> list[Part]:
+def dense_parts(
+    case: Case, inputs: Inputs, keep: Tensor | list[Tensor] | None = None, dlse: Tensor | None = None
+) -> list[Part]:
     """The sequences of a varlen case, or the one batch of a dense case."""
     if case.layout == "dense":
-        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep)]
+        return [Part(inputs.q, inputs.k, inputs.v, inputs.dout, inputs.alibi_slopes, keep, dlse, inputs.sinks)]
     q, dout = (x.split(case.seqlens_q) for x in (inputs.q, inputs.dout))
     k, v = (x.split(case.seqlens_k) for x in (inputs.k, inputs.v))
     slopes = [inputs.alibi_slopes] * case.batch_size if case.alibi != "bh" else inputs.alibi_slopes.split(1)
     masks = [None] * case.batch_size if keep is None else keep
+    rows = [None] * case.batch_size if dlse is None else [x[None] for x in dlse.split(case.seqlens_q, dim=-1)]
     return [
-        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b]) for b in range(case.batch_size)
+        Part(q[b][None], k[b][None], v[b][None], dout[b][None], slopes[b], masks[b], rows[b], inputs.sinks)
+        for b in range(case.batch_size)
     ]
 
 
@@ -205,13 +239,19 @@ def join(case: Case, results: Sequence[Results]) -> Results:
     if case.layout == "dense":
         return results[0]
     joined = {name: torch.cat([getattr(r, name)[0] for r in results]) for name in ("out", "dq", "dk", "dv")}
-    return Results(lse=torch.cat([r.lse[0] for r in results], dim=-1), **joined)
+    dsink = None if results[0].dsink is None else sum(r.dsink for r in results)
+    return Results(lse=torch.cat([r.lse[0] for r in results], dim=-1), dsink=dsink, **joined)
 
 
 def _truth(case: Case, part: Part) -> Results:
     q, k, v = (x.detach().double().requires_grad_() for x in (part.q, part.k, part.v))
+    leaves = (q, k, v)
+    if part.sinks is not None:
+        part = replace(part, sinks=part.sinks.detach().double().requires_grad_())
+        leaves += (part.sinks,)
     out, lse = _attention(case, part, q, k, v)
-    gradients = torch.autograd.grad(out, (q, k, v), part.dout.double())
+    dlse = torch.zeros_like(lse) if part.dlse is None else part.dlse.double()
+    gradients = torch.autograd.grad((out, lse), leaves, (part.dout.double(), dlse))
     return Results(out.detach(), lse.detach(), *gradients)
 
 
@@ -233,6 +273,7 @@ def _matched(case: Case, part: Part, out: Tensor, lse: Tensor) -> Results:
         alibi_slopes=part.alibi_slopes,
         keep=part.keep,
         dropout_p=case.dropout_p,
+        dlse=part.dlse,
         **_rounding(case),
     )
     return Results(out, lse, *gradients)
@@ -258,5 +299,6 @@ def _attention(case: Case, part: Part, q: Tensor, k: Tensor, v: Tensor, **roundi
         alibi_slopes=part.alibi_slopes,
         keep=part.keep,
         dropout_p=case.dropout_p,
+        sinks=part.sinks,
         **rounding,
     )

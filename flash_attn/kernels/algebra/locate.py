@@ -1,4 +1,4 @@
-"""Where a token lives: its page in a paged cache."""
+"""Where a token lives: its address in a tensor, its page in a paged cache. Addresses are 64-bit before the first product."""
 
 import triton
 import triton.language as tl
@@ -14,3 +14,20 @@ def locate_keys(pages, batch, positions, valid):
     inside = valid & (index < pages.max_pages)
     page = tl.load(pages.block_table + tl.cast(batch, tl.int64) * pages.stride_b + index, mask=inside, other=-1)
     return page, positions - index * pages.page_size, inside & (page >= 0) & (page < pages.num_pages)
+
+
+@triton.jit
+def sequence_base(t, batch, head, start):
+    """Pointer to token 0 of one sequence and head."""
+    return (
+        t.ptr
+        + tl.cast(batch, tl.int64) * t.stride_b
+        + tl.cast(head, tl.int64) * t.stride_h
+        + tl.cast(start, tl.int64) * t.stride_s
+    )
+
+
+@triton.jit
+def row_base(t, batch, head, start):
+    """Pointer to the per-row statistic of token 0 of one sequence and head."""
+    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + start

@@ -1,7 +1,7 @@
 """Online softmax over score tiles in units of `unit_log2`, and the weights recomputed from softmax_lse.
 
 State of a row: row_max (in tile units), row_sum of exp2(tile * unit - row_max * unit), and the weighted sum acc.
-A row that saw no key has row_sum 0; it gives out 0 and softmax_lse -inf.
+A row that saw no key has row_sum 0; it gives out 0 and softmax_lse -inf. A sink joins the finished state of a row.
 """
 
 import triton
@@ -33,12 +33,25 @@ def softmax_step(row_max, row_sum, tile, unit):
 
 
 @triton.jit
-def softmax_finish(row_max, row_sum, unit):
-    """(1 / row_sum, softmax_lse in natural log); rows without a key give (0, -inf)."""
+def softmax_sink(row_max, row_sum, unit, sink):
+    """Fold in a natural-log score that has no value; returns (rescale of acc, row_max, row_sum). See `sink_gradient`."""
+    sink = sink.to(tl.float32) * (LOG2_E / unit)
+    new_max = tl.maximum(row_max, sink)
+    pivot_log2 = softmax_pivot(new_max, unit)
+    rescale = softmax_rescale(row_max, unit, pivot_log2)
+    return rescale, new_max, row_sum * rescale + softmax_weights(sink, unit, pivot_log2)
+
+
+@triton.jit
+def softmax_finish(row_max, row_sum, unit, sinks, head):
+    """(what finishes acc, softmax_lse in natural log): the reciprocal of row_sum; rows without a key or sink give (0, -inf)."""
+    rescale = 1.0
+    if sinks is not None:
+        rescale, row_max, row_sum = softmax_sink(row_max, row_sum, unit, tl.load(sinks + head))
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)
     lse = tl.where(empty, float("-inf"), (row_max * unit + tl.math.log2(total)) * LN_2)
-    return tl.where(empty, 0.0, 1.0 / total), lse
+    return tl.where(empty, 0.0, rescale / total), lse
 
 
 @triton.jit
@@ -55,5 +68,11 @@ def softmax_weights(tile, unit, pivot_log2):
 
 @triton.jit
 def softmax_backward(weights, dweights, row_delta):
-    """d(loss)/d(score) from d(loss)/d(weight): the VJP of the softmax, with delta = rowsum(dout * out)."""
+    """d(loss)/d(score) from d(loss)/d(weight): the VJP of the softmax, with delta of `softmax_delta`."""
     return weights * (dweights - row_delta)
+
+
+@triton.jit
+def softmax_delta(row_delta, row_dlse, row_lse_log2):
+    """delta = rowsum(dout * out) less a gradient of softmax_lse, whose derivative by a score is the weight, too."""
+    return row_delta - tl.where(row_lse_log2 == float("inf"), 0.0, row_dlse)

@@ -22,16 +22,15 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 """
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.interval import hide, key_blocks, key_interval
+from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
-    Ring,
     accumulator_layout,
     advance,
-    allocate_barriers,
+    allocate_ring,
     along_rows,
     await_turn,
     fence_async_shared,
@@ -47,11 +46,13 @@ from flash_attn.kernels.hopper.pipeline import (
     warpgroup_mma_wait,
 )
 from flash_attn.kernels.hopper.schedule import (
-    TILE_FIELDS,
     TILE_STAGES,
     Work,
+    allocate_tiles,
     announce,
     announced_span,
+    clear_counter,
+    full_key_blocks,
     next_tile,
     tile_at,
     tile_blocks,
@@ -87,7 +88,7 @@ def load_partition(
     while index < work.num_tiles:
         m_block, head, batch = tile_at(index, work, window)
         span = tile_span(batch, sequences, work)
-        begin, end = tile_blocks(m_block, span, window, BLOCK_M, BLOCK_N)
+        begin, end = tile_blocks(m_block, span, work, window, BLOCK_M, BLOCK_N)
         for consumer in gl.static_range(CONSUMERS):
             slot = q_slot * CONSUMERS + consumer
             first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
@@ -109,10 +110,7 @@ def load_partition(
             v_slot, v_phase = advance(v_slot, v_phase, STAGES)
         load_block(v_desc, v_ring, v_slot, v_phase, begin, span, batch, head_k, BLOCK_N, PACKED)
         v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-    done = gl.atomic_add(work.counter + 1, 1)
-    if done == gl.num_programs(0) - 1:  # nobody draws any more: leave the counter as the next launch wants it
-        gl.store(work.counter, 0)
-        gl.store(work.counter + 1, 0)
+    clear_counter(work)
 
 
 @gluon.jit
@@ -167,14 +165,6 @@ def score_block(tile, first_row, n_block, span, window, score, slope, masked, BL
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, lanes[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window)
     return tile
-
-
-@gluon.jit
-def full_blocks(first_row, span, window, BLOCK_N: gl.constexpr):
-    """Key blocks [full_begin, full_end) that every row of one consumer sees whole."""
-    last_row = gl.minimum(first_row + WARPGROUP_ROWS, gl.maximum(span.seqlen_q, first_row + 1)) - 1
-    _begin, full_begin, full_end, _end = key_blocks(first_row, last_row, span, window, BLOCK_N)
-    return full_begin, full_end
 
 
 @gluon.jit
@@ -233,11 +223,11 @@ def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, sp
 
 
 @gluon.jit
-def finish(row_max, row_sums, unit):
-    """(1 / row sum, softmax_lse) from the parts of the row sums."""
+def finish(row_max, row_sums, unit, score, head):
+    """(what finishes acc, softmax_lse) from the parts of the row sums."""
     layout: gl.constexpr = row_max.type.layout
     row_sum = gl.convert_layout(gl.sum(row_sums, 1), layout)
-    return softmax_finish(row_max, row_sum, unit)
+    return softmax_finish(row_max, row_sum, unit, score.sinks, head)
 
 
 @gluon.jit
@@ -282,7 +272,7 @@ def attend_overlapped(
         acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
         if PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
-        full_begin, full_end = full_blocks(first_row, span, window, BLOCK_N)
+        full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, tile_field(tiles, t_slot, 2), tile_field(tiles, t_slot, 1))
         next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(next_slot), next_phase, pred=present)
@@ -292,7 +282,7 @@ def attend_overlapped(
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
-        inverse_sum, lse = finish(row_max, row_sums, unit)
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
         p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -348,7 +338,7 @@ def attend_serially(
         head, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
         begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
         span = announced_span(tiles, t_slot, work, PACKED)
-        full_begin, full_end = full_blocks(first_row, span, window, BLOCK_N)
+        full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, batch, head)
         mbarrier.wait(q_ring.full.index(CONSUMER), q_phase)
         q_phase ^= 1
@@ -370,7 +360,7 @@ def attend_serially(
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
         acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
-        inverse_sum, lse = finish(row_max, row_sums, unit)
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, head)
         mbarrier.arrive(tiles.empty.index(t_slot), count=1)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)
@@ -400,15 +390,8 @@ def attend_partition(
                         CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG, PACKED)  # fmt: skip
 
 
-@gluon.jit
-def allocate_ring(descriptor, DEPTH: gl.constexpr, READERS: gl.constexpr):
-    """A ring of DEPTH tiles of a tensor map, each released by READERS arrivals."""
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + descriptor.block_type.shape, descriptor.layout)
-    return Ring(buffers, allocate_barriers(DEPTH, 1), allocate_barriers(DEPTH, READERS))
-
-
 SIZES = [
-    "num_tiles", "num_m", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+    "num_tiles", "num_blocks", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
     "nheads", "group",
 ]  # fmt: skip
 
@@ -416,19 +399,18 @@ SIZES = [
 @gluon.jit(do_not_specialize=SIZES)
 def attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, counter,
-    num_tiles, num_m, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
+    num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
-    work = Work(counter, num_tiles, num_m, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
+    work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
     window = Window(window_left, window_right)
     q_ring = allocate_ring(q_desc, Q_STAGES * CONSUMERS, 1)
     k_ring = allocate_ring(k_desc, STAGES, CONSUMERS)
     v_ring = allocate_ring(v_desc, STAGES, CONSUMERS)
-    numbers = gl.allocate_shared_memory(gl.int32, [TILE_STAGES * TILE_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    tiles = Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS))
+    tiles = allocate_tiles(CONSUMERS)
     if OVERLAP:
         o_buffers = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
     else:

@@ -31,6 +31,13 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
+def allocate_ring(descriptor, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """A ring of DEPTH tiles of a tensor map, each filled by WRITERS arrivals and released by READERS."""
+    buffers = gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + descriptor.block_type.shape, descriptor.layout)
+    return Ring(buffers, allocate_barriers(DEPTH, WRITERS), allocate_barriers(DEPTH, READERS))
+
+
+@gluon.jit
 def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers in shared memory that each wait for ARRIVALS."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
@@ -68,6 +75,34 @@ def load_tile(descriptor, coordinates, barrier, buffer):
     """Start the copy of one tile; `barrier` completes when its bytes have landed. Parts outside the tensor are zero."""
     mbarrier.expect(barrier, descriptor.block_type.nbytes)
     tma.async_copy_global_to_shared(descriptor, coordinates, barrier, buffer)
+
+
+@gluon.jit
+def fill(ring, slot, phase, descriptor, span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
+    """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free."""
+    mbarrier.wait(ring.empty.index(slot), phase)
+    coordinates = row_coordinates(span_start, seqlen, first, batch, head, PACKED)
+    load_tile(descriptor, coordinates, ring.full.index(slot), ring.buffers.index(slot))
+
+
+@gluon.jit
+def matrix(ring, slot, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A slot of a ring as an operand of a product."""
+    return ring.buffers.index(slot).reshape([ROWS, COLUMNS])
+
+
+@gluon.jit
+def loop_variant(step):
+    """0, which the compiler cannot know: added to an index, it keeps the tensor-core descriptors of loop-invariant operands
+    from being computed ahead of the loop, where each would hold two registers."""
+    return step >> 30
+
+
+@gluon.jit
+def product(left, right, COLUMNS: gl.constexpr):
+    """Issue left @ right, (64, COLUMNS)."""
+    zeros = gl.zeros((WARPGROUP_ROWS, COLUMNS), gl.float32, accumulator_layout(COLUMNS))
+    return warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
 
 
 @gluon.constexpr_function

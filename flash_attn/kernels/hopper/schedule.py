@@ -1,16 +1,17 @@
 """Which tiles a persistent program works on: the loading warp draws their numbers, decodes them and announces them.
 
-A tile is CONSUMERS * 64 query rows of one head. Consumers read what was announced from shared memory, so that no consumer
-spends time on divisions or on the sequences' lengths.
+A tile is CONSUMERS * 64 query rows of one head, and the loop over it takes key blocks; or, with `by_keys`, CONSUMERS * 64
+keys of one key head, and the loop takes query blocks. Consumers read what was announced from shared memory, so that no
+consumer spends time on divisions or on the sequences' lengths.
 """
 
 from typing import Any, NamedTuple
 
-from flash_attn.kernels.algebra.interval import key_blocks
+from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_interval
 from flash_attn.kernels.algebra.span import Span, load_span
-from flash_attn.kernels.hopper.pipeline import gl, gluon, mbarrier
+from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
 
-TILE_FIELDS = gl.constexpr(8)
+TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
 
 
@@ -19,26 +20,48 @@ class Work(NamedTuple):
 
     counter: Any  # (2,) int32, zero: tiles drawn beyond the first of each program, programs that are done
     num_tiles: Any
-    num_m: Any  # query blocks of the longest sequence
-    heads_together: Any  # heads whose tiles are drawn in turn, so that their keys stay in the L2 cache
+    num_blocks: Any  # tiles of the longest sequence
+    heads_together: Any  # heads whose tiles are drawn in turn, so that what they loop over stays in the L2 cache
     nheads: Any
     group: Any
     seqlen_q: Any
     seqlen_k: Any
     total_q: Any
     total_k: Any
+    by_keys: Any = None  # 1 when tiles are key blocks
+
+
+@gluon.jit
+def allocate_tiles(CONSUMERS: gl.constexpr):
+    """The ring of announced tiles."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [TILE_STAGES * TILE_FIELDS, 1], layout)
+    return Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS))
+
+
+@gluon.jit
+def clear_counter(work):
+    """Leave the counter as the next launch wants it, once nobody draws any more."""
+    done = gl.atomic_add(work.counter + 1, 1)
+    if done == gl.num_programs(0) - 1:
+        gl.store(work.counter, 0)
+        gl.store(work.counter + 1, 0)
 
 
 @gluon.jit
 def tile_at(index, work, window):
-    """(query block, head, batch) of a tile; causal rows see more keys the later they are: longest first."""
-    tiles_together = work.heads_together * work.num_m
+    """(block, head, batch) of a tile, the longest first: causal rows see more keys the later they are, and causal keys are
+    seen by more rows the earlier they are."""
+    tiles_together = work.heads_together * work.num_blocks
     rest = index % tiles_together
-    m_block = rest // work.heads_together
+    block = rest // work.heads_together
     batch_head = index // tiles_together * work.heads_together + rest % work.heads_together
-    if window.right is not None:
-        m_block = work.num_m - 1 - m_block
-    return m_block, batch_head % work.nheads, batch_head // work.nheads
+    heads = work.nheads
+    if work.by_keys is not None:
+        heads = work.nheads // work.group
+    elif window.right is not None:
+        block = work.num_blocks - 1 - block
+    return block, batch_head % heads, batch_head // heads
 
 
 @gluon.jit
@@ -47,23 +70,65 @@ def tile_span(batch, sequences, work):
 
 
 @gluon.jit
-def tile_blocks(m_block, span, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Key blocks [begin, end) of a tile; at least one, so that every tile runs through the same pipeline."""
-    first = m_block * BLOCK_M
-    last = gl.minimum(first + BLOCK_M, span.seqlen_q) - 1
-    begin, _full_begin, _full_end, end = key_blocks(first, last, span, window, BLOCK_N)
+def query_blocks(first_key, last_key, span, window, BLOCK: gl.constexpr):
+    """Query blocks that see keys first_key .. last_key: [begin, full_begin, full_end, end).
+
+    A block that crosses the end of the sequence is full, too: its further rows have weights 0 from their softmax_lse.
+    """
+    first_lo, first_hi = query_interval(first_key, span, window)
+    last_lo, last_hi = query_interval(last_key, span, window)
+    begin, full_begin, full_end, end = block_bounds(first_lo, last_lo, first_hi, last_hi, BLOCK)
+    if window.left is None:
+        full_end = end
+    if window.right is None:
+        full_begin = begin
+    return begin, full_begin, full_end, end
+
+
+@gluon.jit
+def full_key_blocks(first_row, span, window, BLOCK: gl.constexpr):
+    """Key blocks [full_begin, full_end) that every row of one consumer sees whole."""
+    last_row = gl.minimum(first_row + WARPGROUP_ROWS, gl.maximum(span.seqlen_q, first_row + 1)) - 1
+    _begin, full_begin, full_end, _end = key_blocks(first_row, last_row, span, window, BLOCK)
+    return full_begin, full_end
+
+
+@gluon.jit
+def full_query_blocks(first_key, span, window, BLOCK: gl.constexpr):
+    """Query blocks [full_begin, full_end) that see every key of one consumer."""
+    last_key = gl.minimum(first_key + WARPGROUP_ROWS, gl.maximum(span.seqlen_k, first_key + 1)) - 1
+    _begin, full_begin, full_end, _end = query_blocks(first_key, last_key, span, window, BLOCK)
+    return full_begin, full_end
+
+
+@gluon.jit
+def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
+    """Blocks [begin, end) of STEP keys, or queries, for a tile of TILE queries, or keys.
+
+    There is at least one, so that every tile runs through the same pipeline.
+    """
+    first = block * TILE
+    if work.by_keys is not None:
+        last = gl.minimum(first + TILE, span.seqlen_k) - 1
+        begin, _full_begin, _full_end, end = query_blocks(first, last, span, window, STEP)
+    else:
+        last = gl.minimum(first + TILE, span.seqlen_q) - 1
+        begin, _full_begin, _full_end, end = key_blocks(first, last, span, window, STEP)
     return begin, gl.maximum(end, begin + 1)
 
 
 @gluon.jit
-def next_tile(index, sequences, work, window, BLOCK_M: gl.constexpr):
+def next_tile(index, sequences, work, window, TILE: gl.constexpr):
     """The first tile from `index` on that has rows, drawing from the counter; num_tiles or more when there is none."""
     if sequences.cu_seqlens_q is not None:
         empty = index < work.num_tiles
         while empty:
-            m_block, _head, batch = tile_at(index, work, window)
+            block, _head, batch = tile_at(index, work, window)
             span = tile_span(batch, sequences, work)
-            empty = m_block * BLOCK_M >= span.seqlen_q
+            if work.by_keys is not None:
+                empty = block * TILE >= span.seqlen_k
+            else:
+                empty = block * TILE >= span.seqlen_q
             if empty:
                 index = gl.num_programs(0) + gl.atomic_add(work.counter, 1)
                 empty = index < work.num_tiles
@@ -71,15 +136,15 @@ def next_tile(index, sequences, work, window, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def announce(tiles, slot, phase, index, sequences, work, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Hand a tile to the consumers, decoded; query block -1 says that there is none any more."""
-    m_block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
+def announce(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
+    """Hand a tile to the consumers, decoded; block -1 says that there is none any more."""
+    block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
     span = tile_span(batch, sequences, work)
-    begin, end = tile_blocks(m_block, span, window, BLOCK_M, BLOCK_N)
-    m_block = gl.where(index < work.num_tiles, m_block, -1)
+    begin, end = tile_blocks(block, span, work, window, TILE, STEP)
+    block = gl.where(index < work.num_tiles, block, -1)
     mbarrier.wait(tiles.empty.index(slot), phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    values = (m_block, head, batch, begin, end, span.start_q, span.seqlen_q, span.seqlen_k)
+    values = (block, head, batch, begin, end, span.start_q, span.start_k, span.seqlen_q, span.seqlen_k)
     for field in gl.static_range(TILE_FIELDS):
         tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
     mbarrier.arrive(tiles.full.index(slot), count=1)
@@ -94,9 +159,14 @@ def tile_field(tiles, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def announced_span(tiles, slot, work, PACKED: gl.constexpr):
-    """The span of an announced tile; consumers need no start_k."""
+    """The span of an announced tile."""
     if PACKED:
-        span = Span(tile_field(tiles, slot, 5), 0, tile_field(tiles, slot, 6), tile_field(tiles, slot, 7))
+        span = Span(
+            tile_field(tiles, slot, 5),
+            tile_field(tiles, slot, 6),
+            tile_field(tiles, slot, 7),
+            tile_field(tiles, slot, 8),
+        )
     else:
         span = Span(0, 0, work.seqlen_q, work.seqlen_k)
     return span

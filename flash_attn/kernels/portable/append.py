@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Pages
-from flash_attn.kernels.algebra.locate import locate_keys
+from flash_attn.kernels.algebra.locate import locate_keys, sequence_base
 from flash_attn.kernels.algebra.rotary import rotate
 from flash_attn.kernels.algebra.span import clamp
-from flash_attn.kernels.portable.tiles import sequence_base
 
 
 @triton.jit

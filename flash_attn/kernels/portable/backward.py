@@ -1,6 +1,6 @@
 """Backward kernels: two passes, no atomics, so every gradient is bitwise reproducible.
 
-    P = exp2(score(q k^T) - lse)      dP = dout v^T      dS = P * (dP - delta)      delta = rowsum(dout * out)
+    P = exp2(score(q k^T) - lse)      dP = dout v^T      dS = P * (dP - delta)      delta = rowsum(dout * out) - dlse
 
     dq pass, one program per query block:   delta, then dq = sum over key blocks of dS k
     dkdv pass, one program per key block and key head:
@@ -15,11 +15,12 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
-from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_weights
+from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_delta, softmax_weights
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds
-from flash_attn.kernels.portable.tiles import load_rows, row_base, sequence_base, store_rows
+from flash_attn.kernels.portable.tiles import load_rows, store_rows
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def accumulate_dq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attn_bwd_dq_kernel(
-    q, k, v, out, dout, dq, softmax_lse, delta, row_lse_log2, k_desc, v_desc, sequences, score, dropout,
+    q, k, v, out, dout, dq, softmax_lse, dlse, delta, row_lse_log2, k_desc, v_desc, sequences, score, dropout,
     seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -92,9 +93,12 @@ def attn_bwd_dq_kernel(
     out_base = sequence_base(out, batch, head, span.start_q)
     out_tile = load_rows(out, out_base, first, span.seqlen_q, BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)
     row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
     lse_rows = row_base(softmax_lse, batch, head, span.start_q) + rows
     row_lse = lse_log2(tl.load(lse_rows, mask=rows < span.seqlen_q, other=float("-inf")))
+    if dlse is not None:
+        dlse_rows = row_base(dlse, batch, head, span.start_q) + rows
+        row_delta = softmax_delta(row_delta, tl.load(dlse_rows, mask=rows < span.seqlen_q, other=0.0), row_lse)
+    tl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
     tl.store(row_base(row_lse_log2, batch, head, span.start_q) + rows, row_lse, mask=rows < span.seqlen_q)
     k_base = sequence_base(k, batch, head_k, span.start_k)
     v_base = sequence_base(v, batch, head_k, span.start_k)

@@ -1,7 +1,7 @@
 """Decode kernels: few query rows against a long cache, whose keys are shared out over programs and merged afterwards.
 
     split  one program per (batch entry, split, block of packed rows, key head): attention over the split's keys
-    merge  one program per row: the softmax of the parts' softmax_lse weighs the parts
+    merge  one program per row: the softmax of the parts' softmax_lse weighs the parts; a sink counts here, once
 
 The query heads that share a key head lie in one tile: packed row r is query row r // GROUP of head r % GROUP of the group,
 so that every key is read once. Which keys a split gets follows from the sequence's own length, on the device.
@@ -12,11 +12,11 @@ import triton.language as tl
 
 from flash_attn.kernels.algebra.arguments import Dropout, Pages, Sequences, Window
 from flash_attn.kernels.algebra.interval import key_blocks
+from flash_attn.kernels.algebra.locate import sequence_base
 from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import attend
-from flash_attn.kernels.portable.tiles import sequence_base
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def attn_decode_split_kernel(
         load_slope(score, batch, heads[:, None]), Dropout(None, None, None), 0, 0, (begin, full_begin, full_end, end),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
-    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score), score.sinks, heads)
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
     if PARTS:
         parts = (tl.cast(batch * seqlen_q + rows, tl.int64) * (nheads_k * GROUP) + heads) * num_splits + split
@@ -92,7 +92,7 @@ def attn_decode_split_kernel(
 
 @triton.jit(do_not_specialize=["seqlen_q", "nheads", "num_splits"])
 def attn_decode_merge_kernel(
-    part_out, part_lse, out, softmax_lse, seqlen_q, nheads, num_splits,
+    part_out, part_lse, out, softmax_lse, sinks, seqlen_q, nheads, num_splits,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """part_out (batch, seqlen_q, nheads, num_splits, dim) and part_lse without dim, both contiguous."""
@@ -109,11 +109,13 @@ def attn_decode_merge_kernel(
     for first in tl.range(0, num_splits, BLOCK_SPLITS):
         parts = first + tl.arange(0, BLOCK_SPLITS)
         lse = tl.load(part_lse + first_part + parts, mask=parts < num_splits, other=float("-inf"))
-        mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
-        tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
-        acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
-    inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E)
+        # contracted to a fused multiply-add, the rescaling by 1 of a step without parts would move the last bit
+        if tl.max(lse, 0) > float("-inf"):
+            mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
+            tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+            weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
+            acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
+    inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E, sinks, head)
     values = (acc * inverse_sum).to(out.ptr.dtype.element_ty)
     tl.store(sequence_base(out, batch, head, query) + dims, values, mask=dims < HEAD_DIM)
     lse_row = tl.cast(batch * nheads + head, tl.int64) * seqlen_q + query

@@ -14,17 +14,11 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import key_blocks, visible
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
-from flash_attn.kernels.portable.tiles import (
-    load_page_rows,
-    load_paged_rows,
-    load_rows,
-    row_base,
-    sequence_base,
-    store_rows,
-)
+from flash_attn.kernels.portable.tiles import load_page_rows, load_paged_rows, load_rows, store_rows
 
 
 @triton.jit
@@ -118,7 +112,7 @@ def attn_fwd_kernel(
         key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
-    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score))
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score), score.sinks, head)
     acc *= (inverse_sum * kept_scale(dropout))[:, None]
     store_rows(out, sequence_base(out, batch, head, span.start_q), acc, m_block * BLOCK_M, span.seqlen_q,
                BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip

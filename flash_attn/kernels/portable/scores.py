@@ -6,11 +6,12 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, keep_mask, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import visible
+from flash_attn.kernels.algebra.locate import sequence_base
 from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_step
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds, load_keys
-from flash_attn.kernels.portable.tiles import load_rows, sequence_base
+from flash_attn.kernels.portable.tiles import load_rows
 
 
 @triton.jit

@@ -6,18 +6,7 @@ All address arithmetic is 64-bit before the first multiplication.
 import triton
 import triton.language as tl
 
-from flash_attn.kernels.algebra.locate import locate_keys
-
-
-@triton.jit
-def sequence_base(t, batch, head, start):
-    """Pointer to token 0 of one sequence and head."""
-    return (
-        t.ptr
-        + tl.cast(batch, tl.int64) * t.stride_b
-        + tl.cast(head, tl.int64) * t.stride_h
-        + tl.cast(start, tl.int64) * t.stride_s
-    )
+from flash_attn.kernels.algebra.locate import locate_keys, sequence_base
 
 
 @triton.jit
@@ -71,9 +60,3 @@ def load_page_rows(
     page, slot, valid = locate_keys(pages, batch, first, first < end)
     base = sequence_base(t, page, head, slot)
     return load_rows(t, base, 0, tl.where(valid, end - first, 0), BLOCK, HEAD_DIM, HEAD_DIM_PAD)
-
-
-@triton.jit
-def row_base(t, batch, head, start):
-    """Pointer to the per-row statistic of token 0 of one sequence and head."""
-    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + start

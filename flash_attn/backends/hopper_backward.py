@@ -1,0 +1,360 @@
+"""Launches the backward kernels of kernels/hopper: in one pass, or in two where results must not vary or do not fit."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import hardware as devices
+from flash_attn.backends import tensor_maps
+from flash_attn.backends.base import Gradients, Operands
+from flash_attn.backends.fixed_arguments import (
+    FixedArguments,
+    fixed_arguments,
+    optional_tensors,
+    statistic_strides,
+    strides,
+)
+from flash_attn.backends.launcher import Launcher
+from flash_attn.launch.hopper import (
+    CONSUMER_ROWS,
+    HopperDkdvConfig,
+    HopperDqConfig,
+    HopperOnePassConfig,
+    head_dim_pad,
+    hopper_backward_config,
+)
+from flash_attn.problem import AttentionProblem
+
+CONSUMERS = 2
+TILE = CONSUMERS * CONSUMER_ROWS  # queries or keys of one tile
+
+Backward = Callable[[Operands, Tensor, Tensor, Tensor, Tensor, Gradients, Tensor], None]
+
+
+def bind_backward(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+) -> Backward:
+    """The launches for tensors like these, as a function of (operands, dout, out, softmax_lse, delta, gradients, counter)."""
+    regular = [tensor_maps.regular(x) for x in (dout, *gradients)]
+    if all(regular):
+        return _bind_regular(problem, operands, dout, out, softmax_lse, gradients)
+    dout = dout if regular[0] else _copy(dout)
+    inner = Gradients(*(_like(x, same) for x, same in zip(gradients, regular[1:], strict=True)))
+    launch = _bind_regular(problem, operands, dout, out, softmax_lse, inner)
+
+    def copied(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
+               counter: Tensor) -> None:  # fmt: skip
+        """Tensor maps cannot reach these tensors where they are."""
+        inner = Gradients(*(_like(x, same) for x, same in zip(gradients, regular[1:], strict=True)))
+        launch(operands, dout if regular[0] else _copy(dout), out, softmax_lse, delta, inner, counter)
+        for target, result in zip(gradients, inner, strict=True):
+            if target is not result:
+                target.copy_(result)
+
+    return copied
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _like(x: Tensor, same: bool) -> Tensor:
+    return x if same else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _bind_regular(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+) -> Backward:
+    config = hopper_backward_config(problem)
+    if isinstance(config, HopperOnePassConfig):
+        return bind_one_pass(problem, operands, dout, out, softmax_lse, gradients, config)
+    launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq, config.dq)
+    wanted = ((True, True),) if len(config.dkdv) == 1 else ((True, False), (False, True))
+    launches_dkdv = [
+        bind_dkdv(problem, operands, dout, softmax_lse, gradients, each, *with_dk_dv)
+        for each, with_dk_dv in zip(config.dkdv, wanted, strict=True)
+    ]
+
+    def launch(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
+               counter: Tensor) -> None:  # fmt: skip
+        tensors = operands.q, operands.k, operands.v, dout
+        rest = softmax_lse, delta, *optional_tensors(operands)[:5], counter
+        launch_dq(*tensors, gradients.dq, out, *rest)
+        for launch_dkdv in launches_dkdv:
+            launch_dkdv(*tensors, gradients.dk, gradients.dv, *rest)
+
+    return launch
+
+
+def _programs(q: Tensor, num_tiles: int) -> int:
+    return min(num_tiles, devices.of(q.device).num_sms)
+
+
+def _together(wanted: int, heads: int) -> int:
+    """The largest number of heads up to `wanted` that divides them into equal groups."""
+    return next(number for number in range(min(wanted, heads), 0, -1) if heads % number == 0) if heads else 1
+
+
+def bind_dq(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    config: HopperDqConfig,
+) -> Launcher:
+    """The launch that writes delta and dq."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.hopper.backward_dq import attn_bwd_dq_kernel
+
+    q, k, v = operands.q, operands.k, operands.v
+    pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
+    num_m = math.ceil(operands.max_seqlen_q / TILE)
+    heads = fixed.batch_size * q.shape[-2]
+    together = _together(config.heads_together, heads)
+    q_map, dout_map, dq_map = (tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (q, dout, dq))
+    k_map, v_map = (tensor_maps.hopper(x, config.block_n, pad) for x in (k, v))
+    out_strides, row_strides = strides(out), statistic_strides(softmax_lse)
+
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            q_map(p[0]),
+            k_map(p[1]),
+            v_map(p[2]),
+            dout_map(p[3]),
+            dq_map(p[4]),
+            (p[5], *out_strides),
+            (p[6], *row_strides),
+            (p[7], *row_strides),
+            (p[8], p[9], p[10], p[11], None),
+            (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
+            p[13],
+            num_m * heads,
+            num_m,
+            together,
+            *fixed.lengths,
+        )
+
+    constants = {
+        "HEAD_DIM": problem.headdim,
+        "HEAD_DIM_PAD": pad,
+        "BLOCK_N": config.block_n,
+        "CONSUMERS": CONSUMERS,
+        "K_STAGES": config.k_stages,
+        "V_STAGES": config.v_stages,
+        "Q_STAGES": config.q_stages,
+        "REGISTERS": config.registers,
+    }
+    kinds = (*[None] * 5, *[arguments.Tensor] * 3, arguments.Sequences, arguments.Score)
+    return Launcher(attn_bwd_dq_kernel, _programs(q, num_m * heads), build, kinds, constants, {"num_warps": 4})
+
+
+def bind_dkdv(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+    config: HopperDkdvConfig,
+    with_dk: bool,
+    with_dv: bool,
+) -> Launcher:
+    """The launch that writes dk, dv or both, once delta is there."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.hopper.backward_dkdv import attn_bwd_dkdv_kernel
+
+    q, k, v = operands.q, operands.k, operands.v
+    pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
+    num_n = math.ceil(operands.max_seqlen_k / TILE)
+    heads = fixed.batch_size * k.shape[-2]
+    together = _together(config.heads_together, heads)
+    q_map, dout_map = (tensor_maps.hopper(x, config.block_m, pad) for x in (q, dout))
+    k_map, v_map, dk_map, dv_map = (
+        tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (k, v, gradients.dk, gradients.dv)
+    )
+    row_strides = statistic_strides(softmax_lse)
+
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            q_map(p[0]),
+            k_map(p[1]),
+            v_map(p[2]) if with_dk else None,
+            dout_map(p[3]),
+            dk_map(p[4]) if with_dk else None,
+            dv_map(p[5]) if with_dv else None,
+            (p[6], *row_strides),
+            (p[7], *row_strides),
+            (p[8], p[9], p[10], p[11], None),
+            (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
+            p[13],
+            num_n * heads,
+            num_n,
+            together,
+            *fixed.lengths,
+        )
+
+    constants = {
+        "HEAD_DIM_PAD": pad,
+        "BLOCK_M": config.block_m,
+        "CONSUMERS": CONSUMERS,
+        "K_STAGES": config.k_stages,
+        "Q_STAGES": config.q_stages,
+        "DOUT_STAGES": config.dout_stages,
+        "REGISTERS": config.registers,
+    }
+    kinds = (*[None] * 6, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
+    return Launcher(attn_bwd_dkdv_kernel, _programs(q, num_n * heads), build, kinds, constants, {"num_warps": 4})
+
+
+def bind_one_pass(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+    config: HopperOnePassConfig,
+) -> Backward:
+    """Three launches: delta and zeros, all products, dq from its sum."""
+    q = operands.q
+    pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
+    nheads, num_m = q.shape[-2], math.ceil(operands.max_seqlen_q / config.block_m)
+    num_dq_blocks = fixed.batch_size * num_m + 1
+    if q.dim() == 3:
+        num_dq_blocks = q.shape[0] // config.block_m + fixed.batch_size + 1
+    blocks = num_dq_blocks, num_m
+    launch_rows, launch_convert = _bind_rows(
+        problem, operands, dout, out, softmax_lse, gradients.dq, config, fixed, blocks
+    )
+    launch_products = _bind_products(problem, operands, dout, softmax_lse, gradients, config, fixed, blocks)
+    size = nheads * num_dq_blocks * config.block_m * pad
+
+    def launch(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
+               counter: Tensor) -> None:  # fmt: skip
+        dq_sum = torch.empty(size, dtype=torch.float32, device=dout.device)
+        optional = optional_tensors(operands)
+        launch_rows(out, dout, delta, dq_sum, *optional[:4])
+        launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, softmax_lse, delta,
+                        *optional[:5], counter)  # fmt: skip
+        launch_convert(dq_sum, gradients.dq, *optional[:4])
+
+    return launch
+
+
+def _bind_products(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+    config: HopperOnePassConfig,
+    fixed: FixedArguments,
+    blocks: tuple[int, int],
+) -> Launcher:
+    """The launch that writes dk and dv, and adds up dq."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.hopper.backward_one_pass import attn_bwd_kernel
+
+    q, k, v = operands.q, operands.k, operands.v
+    pad, num_n = head_dim_pad(problem.headdim), math.ceil(operands.max_seqlen_k / TILE)
+    heads = fixed.batch_size * k.shape[-2]
+    together = _together(config.heads_together, heads)
+    q_map, dout_map = (tensor_maps.hopper(x, config.block_m, pad) for x in (q, dout))
+    k_map, v_map, dk_map, dv_map = (
+        tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (k, v, gradients.dk, gradients.dv)
+    )
+    row_strides = statistic_strides(softmax_lse)
+
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            q_map(p[0]),
+            k_map(p[1]),
+            v_map(p[2]),
+            dout_map(p[3]),
+            dk_map(p[4]),
+            dv_map(p[5]),
+            p[6],
+            (p[7], *row_strides),
+            (p[8], *row_strides),
+            (p[9], p[10], p[11], p[12], None),
+            (fixed.scale, fixed.softcap, p[13], *fixed.score_rest),
+            p[14],
+            *blocks,
+            num_n * heads,
+            num_n,
+            together,
+            *fixed.lengths,
+        )
+
+    constants = {
+        "HEAD_DIM_PAD": pad,
+        "BLOCK_M": config.block_m,
+        "K_STAGES": config.k_stages,
+        "REGISTERS": config.registers,
+    }
+    kinds = (*[None] * 7, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
+    return Launcher(attn_bwd_kernel, _programs(q, num_n * heads), build, kinds, constants, {"num_warps": 4})
+
+
+def _bind_rows(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    config: HopperOnePassConfig,
+    fixed: FixedArguments,
+    blocks: tuple[int, int],
+) -> tuple[Launcher, Launcher]:
+    """The launches before and after: delta and zeros for dq's sum; dq."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.hopper.backward_one_pass import attn_bwd_convert_kernel, attn_bwd_rows_kernel
+
+    nheads = operands.q.shape[-2]
+    out_strides, dout_strides, dq_strides = map(strides, (out, dout, dq))
+    row_strides = statistic_strides(softmax_lse)
+    seqlen_q, _seqlen_k, total_q, *_ = fixed.lengths
+    sizes = *blocks, seqlen_q, total_q, nheads
+
+    def build_rows(p: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            (p[0], *out_strides),
+            (p[1], *dout_strides),
+            (p[2], *row_strides),
+            p[3],
+            (p[4], p[5], p[6], p[7], None),
+            *sizes,
+        )
+
+    def build_convert(p: Sequence[Any]) -> tuple[Any, ...]:
+        score = fixed.scale, fixed.softcap, None, *fixed.score_rest
+        return p[0], (p[1], *dq_strides), (p[2], p[3], p[4], p[5], None), score, *sizes
+
+    constants = {
+        "HEAD_DIM": problem.headdim,
+        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
+        "BLOCK_M": config.block_m,
+    }
+    programs = blocks[1] * nheads * fixed.batch_size
+    options = {"num_warps": 4}
+    rows_kinds = (*[arguments.Tensor] * 3, None, arguments.Sequences)
+    convert_kinds = (None, arguments.Tensor, arguments.Sequences, arguments.Score)
+    return (
+        Launcher(attn_bwd_rows_kernel, programs, build_rows, rows_kinds, constants, options),
+        Launcher(attn_bwd_convert_kernel, programs, build_convert, convert_kinds, constants, options),
+    )

@@ -1,0 +1,338 @@
+"""Backward for Hopper in one pass: dq, dk and dv from one S and one dP; dq is summed by reductions in global memory.
+
+One warp loads, two warpgroups ("consumers") of 64 keys each differentiate transposed tiles as in `backward_dkdv`, whose loading
+partition this is, too. dq = dS K needs the keys of both, so they exchange dS through shared memory; each makes one 64 x 64 part
+of dq of the block before, so that no consumer waits for the other's present dS.
+
+    consumer   dP^T = V dO(m)^T   is issued while   P^T(m) comes from S^T(m);   dS^T(m) goes to shared memory;   then
+               dV += P^T(m) dO(m)   and   dQ(m-1) = dS(m-1) K   and   dK += dS^T(m) Q(m);   then
+               S^T(m+1) = K Q(m+1)^T   runs while dQ(m-1) is reduced
+
+    ring       filled by                     read by        a slot is free when
+    tiles      load                          consumers      every consumer has read the number
+    k          load                          consumers      every consumer's products with both halves are complete
+    v          load                          one consumer   that consumer's dv and dk, which leave through it, have left
+    q          load: tile, and its row_lse   consumers      every consumer's products with it are complete
+    dout       load: tile, and row_delta     consumers      every consumer's products with it, and with dS(m-1), are complete
+    ds         one consumer each half        consumers      dout(m-1) is free: dS(m) replaces dS(m-2)
+
+dq is summed in fp32 in a workspace of 64 x 64 parts in the order of the accumulator's registers, so that every thread reduces
+16 adjacent bytes. `attn_bwd_rows_kernel` clears it and computes delta before; `attn_bwd_convert_kernel` brings it in order.
+The order of the sum varies from run to run; dk and dv are summed in one fixed order.
+"""
+
+from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
+from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
+from flash_attn.kernels.algebra.softmax import softmax_backward
+from flash_attn.kernels.algebra.span import load_span
+from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, store_gradient
+from flash_attn.kernels.hopper.backward_tiles import (
+    allocate_statistics,
+    load_rows,
+    next_group_block,
+    row_major_layout,
+    tile_weights,
+)
+from flash_attn.kernels.hopper.pipeline import (
+    WARPGROUP_ROWS,
+    Ring,
+    accumulator_layout,
+    advance,
+    allocate_barriers,
+    allocate_ring,
+    fence_async_shared,
+    gl,
+    gluon,
+    loop_variant,
+    matrix,
+    mbarrier,
+    product,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flash_attn.kernels.hopper.schedule import (
+    TILE_STAGES,
+    Work,
+    allocate_tiles,
+    announced_span,
+    full_query_blocks,
+    tile_field,
+)
+
+PART = gl.constexpr(64)  # rows and columns of one consumer's part of a dq block
+STAGES = gl.constexpr(2)  # of every ring: the dS of a block lies in the slot of its dout
+
+
+@gluon.jit
+def product_dq(
+    ds_ring, k_ring, slot, k_slot, CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr
+):
+    """Issue one consumer's part of dQ = dS K: 64 columns of a block of 64 rows, or 64 rows of a block of 128."""
+    left = matrix(ds_ring, slot * 2, WARPGROUP_ROWS, BLOCK_M)
+    left_too = matrix(ds_ring, slot * 2 + 1, WARPGROUP_ROWS, BLOCK_M)
+    right = matrix(k_ring, k_slot * 2, WARPGROUP_ROWS, HEAD_DIM_PAD)
+    right_too = matrix(k_ring, k_slot * 2 + 1, WARPGROUP_ROWS, HEAD_DIM_PAD)
+    if BLOCK_M == PART:
+        right = right.slice(CONSUMER * PART, PART, dim=1)
+        right_too = right_too.slice(CONSUMER * PART, PART, dim=1)
+    else:
+        left = left.slice(CONSUMER * PART, PART, dim=1)
+        left_too = left_too.slice(CONSUMER * PART, PART, dim=1)
+    part = product(left.permute((1, 0)), right, PART)
+    return warpgroup_mma(left_too.permute((1, 0)), right_too, part, is_async=True)
+
+
+@gluon.jit
+def in_register_order(part):
+    """A (64, 64) accumulator as (4096,), with the 4 numbers of a thread's rows r and r + 8 adjacent; moves no data."""
+    return part.reshape([4, 2, 8, 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([PART * PART])
+
+
+@gluon.jit
+def in_matrix_order(numbers):
+    """The inverse of in_register_order."""
+    return numbers.reshape([4, 8, 8, 4, 2, 2]).permute((0, 4, 2, 1, 3, 5)).reshape([PART, PART])
+
+
+@gluon.jit
+def first_dq_block(batch, start_q, num_m, BLOCK_M: gl.constexpr, PACKED: gl.constexpr):
+    """The number of a sequence's first query block among all blocks of a head in the workspace.
+
+    In a packed batch a sequence starts a new block, and no more blocks are lost than there are sequences. The last block of a
+    head belongs to no sequence: it takes sums that nobody reads, which costs less than a branch around the reductions (3 % of
+    the kernel, H200, 2026-11-22).
+    """
+    if PACKED:
+        block = start_q // BLOCK_M + batch
+    else:
+        block = batch * num_m
+    return block
+
+
+@gluon.jit
+def part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+    """Pointer to one part of a query block's dq in the workspace, (nheads, num_dq_blocks, 2, 4096) fp32."""
+    return dq_sum + (gl.cast(head, gl.int64) * num_dq_blocks + block) * (BLOCK_M * HEAD_DIM_PAD) + part * (PART * PART)
+
+
+@gluon.jit
+def reduce_part(pointer, part):
+    """Add one part of dq to the workspace: one 16-byte reduction for every 4 numbers of a thread."""
+    numbers = in_register_order(part)
+    offsets = gl.arange(0, PART * PART, layout=numbers.type.layout)
+    gl.atomic_add(pointer + offsets, numbers, sem="relaxed")
+
+
+@gluon.jit
+def accumulate(
+    k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin, end,
+    full_begin, full_end, head, batch, first_block, num_dq_blocks, span, window, work, score,
+    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+):  # fmt: skip
+    """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end), and dq but for the last."""
+    layout: gl.constexpr = accumulator_layout(BLOCK_M)
+    lanes: gl.constexpr = gl.SliceLayout(0, layout)
+    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
+    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    dtype: gl.constexpr = q_ring.buffers.dtype
+    cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]
+    ends = first_key + WARPGROUP_ROWS > span.seqlen_k  # zero keys past the end must not meet an infinite weight
+    dk = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    dv = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    slope = load_slope(score, batch, head)
+    mbarrier.wait(q_ring.full.index(slot), phase)
+    k_tile = matrix(k_ring, k_slot * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
+    qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+    qk = warpgroup_mma_wait(0, deps=(qk,))
+    m_block = begin
+    spare = num_dq_blocks - 1
+    if begin * BLOCK_M >= span.seqlen_q:  # the one block of a tile that no row sees may lie past the end
+        first_block = spare - begin
+    before = part_pointer(dq_sum, head, spare, CONSUMER, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
+    steps = (end - begin) * work.group
+    gl.assume(steps > 0)
+    for step in range(steps):
+        k_index = k_slot + loop_variant(step)
+        k_tile = matrix(k_ring, k_index * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        v_tile = matrix(v_ring, k_index * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
+        q_tile = matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD)
+        dout_tile = matrix(dout_ring, slot, BLOCK_M, HEAD_DIM_PAD)
+        mbarrier.wait(dout_ring.full.index(slot), phase)
+        dp = product(v_tile, dout_tile.permute((1, 0)), BLOCK_M)
+        rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
+        masked = (m_block < full_begin) | (m_block >= full_end) | ends
+        lse = row_lse.index(slot).load(lanes)[None, :]
+        weights = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        delta = row_delta.index(slot).load(lanes)[None, :]
+        ds = score_backward(softmax_backward(weights, dp, delta), qk, score).to(dtype)
+        old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)  # of the block before, maybe in the tile before
+        mbarrier.wait(dout_ring.empty.index(old_slot), old_phase)
+        matrix(ds_ring, slot * 2 + CONSUMER, WARPGROUP_ROWS, BLOCK_M).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_ring.full.index(slot * 2 + CONSUMER), count=1)
+        p = gl.convert_layout(weights.to(dtype), operand)
+        dv = warpgroup_mma(p, dout_tile, dv, is_async=True)
+        ds = gl.convert_layout(ds, operand)
+        mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
+        # in the first step this multiplies whatever lies there, and the spare block takes it
+        dq = product_dq(ds_ring, k_ring, old_slot, k_index, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
+        dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
+        dv, p, dq = warpgroup_mma_wait(1, deps=(dv, p, dq))
+        mbarrier.arrive(dout_ring.empty.index(slot), count=1)
+        present = part_pointer(dq_sum, head, first_block + m_block, CONSUMER, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
+        head, m_block = next_group_block(head, m_block, begin, end)
+        if score.alibi_slopes is not None:
+            slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
+        old_slot = slot
+        slot, phase = advance(slot, phase, STAGES)
+        # behind the last block this multiplies whatever lies there, and nothing reads it
+        mbarrier.wait(q_ring.full.index(slot), phase, pred=step + 1 < steps)
+        qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+        reduce_part(before, dq)
+        before = present
+        dk, qk, ds = warpgroup_mma_wait(0, deps=(dk, qk, ds))
+        mbarrier.arrive(q_ring.empty.index(old_slot), count=1)
+    return dk, dv, before, slot, phase
+
+
+@gluon.jit
+def one_pass_partition(
+    dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta,
+    work, window, score,
+    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """One consumer."""
+    BLOCK_N: gl.constexpr = 2 * WARPGROUP_ROWS
+    t_slot, t_phase, k_slot, k_phase, slot, phase = 0, 0, 0, 0, 0, 0
+    mbarrier.wait(tiles.full.index(t_slot), t_phase)
+    while tile_field(tiles, t_slot, 0) >= 0:
+        first_key = tile_field(tiles, t_slot, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
+        head_k, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
+        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
+        span = announced_span(tiles, t_slot, work, PACKED)
+        first_block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED)
+        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
+        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        full_begin, full_end = full_query_blocks(first_key, span, window, BLOCK_M)
+        mbarrier.wait(k_ring.full.index(k_slot * 2), k_phase)
+        mbarrier.wait(k_ring.full.index(k_slot * 2 + 1), k_phase)
+        v_index = k_slot * 2 + CONSUMER
+        mbarrier.wait(v_ring.full.index(v_index), k_phase)
+        dk, dv, last, slot, phase = accumulate(
+            k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin,
+            end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, span, window, work, score,
+            CONSUMER, BLOCK_M, HEAD_DIM_PAD,
+        )  # fmt: skip
+        old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)
+        mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
+        dq = product_dq(ds_ring, k_ring, old_slot, k_slot, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
+        buffer = v_ring.buffers.index(v_index)
+        store_gradient(dv_desc, buffer, dv, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(k_ring.empty.index(k_slot * 2), count=1)
+        mbarrier.arrive(k_ring.empty.index(k_slot * 2 + 1), count=1)
+        reduce_part(last, dq)
+        tma.store_wait(0)
+        dk = dk * gradient_scale(score)
+        store_gradient(dk_desc, buffer, dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+        tma.store_wait(0)
+        mbarrier.arrive(v_ring.empty.index(v_index), count=1)
+        k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+
+
+@gluon.jit(do_not_specialize=[*SIZES, "num_dq_blocks", "num_m"])
+def attn_bwd_kernel(
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, softmax_lse, delta, sequences, score, counter,
+    num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
+    window_right, nheads, group,
+    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
+    work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, 1)
+    window = Window(window_left, window_right)
+    k_ring = allocate_ring(k_desc, K_STAGES * 2, 2)
+    v_ring = allocate_ring(v_desc, K_STAGES * 2, 1)
+    q_ring = allocate_ring(q_desc, STAGES, 2, 2)
+    dout_ring = allocate_ring(dout_desc, STAGES, 2, 2)
+    row_lse = allocate_statistics(STAGES, BLOCK_M)
+    row_delta = allocate_statistics(STAGES, BLOCK_M)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, BLOCK_M], q_desc.dtype)
+    ds_buffers = gl.allocate_shared_memory(q_desc.dtype, [STAGES * 2, WARPGROUP_ROWS, BLOCK_M], ds_layout)
+    ds_ring = Ring(ds_buffers, allocate_barriers(STAGES * 2, 1), dout_ring.empty)
+    tiles = allocate_tiles(2)
+    gl.warp_specialize([
+        (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
+                              ds_ring, row_lse, row_delta, work, window, score, 0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+        (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
+                              ds_ring, row_lse, row_delta, work, window, score, 1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+        (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
+                          row_lse, row_delta, sequences, work, window, 2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+
+
+@gluon.jit
+def block_at(index, num_m, nheads):
+    """(query block, head, batch) of a program that works on one query block of one head."""
+    batch_head = index // num_m
+    return index % num_m, batch_head % nheads, batch_head // nheads
+
+
+@gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
+def attn_bwd_rows_kernel(
+    out, dout, delta, dq_sum, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dout * out) of one query block, and zeros where its dq will be summed."""
+    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
+    layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
+    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
+    span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
+    if m_block * BLOCK_M < span.seqlen_q:
+        rows = m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout)
+        out_rows = load_rows(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
+        dout_rows = load_rows(dout, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
+        row_delta = gl.sum(out_rows.to(gl.float32) * dout_rows.to(gl.float32), 1)
+        gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
+        block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
+        numbers: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        offsets = gl.arange(0, BLOCK_M * HEAD_DIM_PAD, layout=numbers)
+        base = part_pointer(dq_sum, head, block, 0, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
+        gl.store(base + offsets, gl.zeros([BLOCK_M * HEAD_DIM_PAD], gl.float32, numbers))
+
+
+@gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
+def attn_bwd_convert_kernel(
+    dq_sum, dq, sequences, score, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """dq of one query block from its sum in the workspace."""
+    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
+    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
+    span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
+    order: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    layout: gl.constexpr = row_major_layout(PART)
+    dtype: gl.constexpr = dq.ptr.dtype.element_ty
+    staging = gl.allocate_shared_memory(dtype, [2, PART, PART], gl.NVMMASharedLayout(128, 16, rank=2))
+    if m_block * BLOCK_M < span.seqlen_q:
+        block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
+        offsets = gl.arange(0, PART * PART, layout=order)
+        for part in gl.static_range(2):
+            base = part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
+            tile = in_matrix_order(gl.load(base + offsets)) * gradient_scale(score)
+            staging.index(part).store(tile.to(dtype))
+            rows = m_block * BLOCK_M + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+            dims = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
+            if BLOCK_M == PART:
+                dims += part * PART
+            else:
+                rows += part * PART
+            mask = (rows < span.seqlen_q)[:, None]
+            if HEAD_DIM != HEAD_DIM_PAD:
+                mask = mask & (dims < HEAD_DIM)[None, :]
+            pointers = sequence_base(dq, batch, head, span.start_q) + rows.to(gl.int64)[:, None] * dq.stride_s
+            gl.store(pointers + dims[None, :], staging.index(part).load(layout), mask=mask)

@@ -1,0 +1,59 @@
+"""What the Hopper backward passes share: the weights of a tile recomputed, and addresses of rows."""
+
+from flash_attn.kernels.algebra.interval import hide, key_interval
+from flash_attn.kernels.algebra.locate import row_base, sequence_base
+from flash_attn.kernels.algebra.score import score_forward, unit_log2
+from flash_attn.kernels.algebra.softmax import softmax_weights
+from flash_attn.kernels.hopper.pipeline import gl, gluon
+
+
+@gluon.jit
+def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope):
+    """Softmax weights of a tile of dot products, in either orientation; 0 where a row may not see a key."""
+    tile = score_forward(qk, rows, cols, span, score, slope)
+    if masked:
+        lo, hi = key_interval(rows, span, window)
+        tile = hide(tile, cols, lo, hi, window)
+    return softmax_weights(tile, unit_log2(score), row_lse)
+
+
+@gluon.constexpr_function
+def row_major_layout(columns):
+    """Tiles of that many columns in registers as whole rows: neighbouring threads hold 8 neighbouring elements each."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def load_rows(t, span, batch, head, rows, HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+    """Rows of a query-like operand through registers; zero outside the sequence and the head dim."""
+    layout: gl.constexpr = rows.type.layout.parent
+    dims = gl.arange(0, HEAD_DIM_PAD, layout=gl.SliceLayout(0, layout))
+    mask = (rows < span.seqlen_q)[:, None]
+    if HEAD_DIM != HEAD_DIM_PAD:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    base = sequence_base(t, batch, head, span.start_q)
+    return gl.load(base + rows.to(gl.int64)[:, None] * t.stride_s + dims[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def allocate_statistics(DEPTH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Room in shared memory for one fp32 number of every row of DEPTH query blocks."""
+    return gl.allocate_shared_memory(gl.float32, [DEPTH, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
+    """Per-row statistics of one query block, in the registers of one warp; `other` past the end of the sequence."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    rows = first + gl.arange(0, BLOCK_M, layout=layout)
+    return gl.load(row_base(t, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q, other=other)
+
+
+@gluon.jit
+def next_group_block(head, m_block, begin, end):
+    """The next step of the loop over the query heads of a group and their blocks [begin, end), flattened."""
+    m_block += 1
+    if m_block == end:
+        m_block = begin
+        head += 1
+    return head, m_block

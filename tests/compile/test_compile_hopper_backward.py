@@ -1,0 +1,81 @@
+"""The gradients of the Hopper backend compile for sm_90: unserialised, with few spills, within shared memory."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from flash_attn import hardware as devices
+from flash_attn.backends import hopper
+from flash_attn.backends.base import Gradients
+from tests.compile import variants
+from tests.compile.variants import Variant
+from tests.support.stub_driver import ARCHITECTURES, compiling_for
+
+ARCHITECTURE = ARCHITECTURES["sm_90"]
+
+# Bytes a thread may spill, by (kernel, padded head dim, feature); None stands for any, the first match counts.
+BUDGETS: dict[tuple[str | None, int | None, str | None], tuple[int, str]] = {
+    ("attn_bwd_kernel", None, "scores"): (
+        400,
+        "all score features at once; each alone keeps the loop within 100 bytes",
+    ),
+    ("attn_bwd_kernel", 128, None): (136, "one stage of K and V: around the loop; none inside"),
+    ("attn_bwd_dkdv_kernel", 128, "scores"): (400, "all score features at once"),
+    ("attn_bwd_dq_kernel", 64, "scores"): (448, "all score features at once"),
+    ("attn_bwd_dq_kernel", 256, None): (448, "around the loop, where out is multiplied by dout; none inside"),
+    ("attn_bwd_dkdv_kernel", 256, None): (512, "around the loop, where dk is stored; none inside"),
+}
+DEFAULT = 64, "registers spilled around a loop cost nothing that can be measured"
+
+
+def budget(kernel: str, pad: int, feature: str) -> tuple[int, str]:
+    facts = kernel, pad, feature
+    for pattern, found in BUDGETS.items():
+        if all(wanted is None or wanted == fact for wanted, fact in zip(pattern, facts, strict=True)):
+            return found
+    return DEFAULT
+
+
+def backward_variants() -> list[tuple[Variant, bool]]:
+    found = []
+    for headdim in (64, 128, 256):
+        for deterministic in (False, True)[: 1 if headdim == 256 else 2]:  # at head dim 256 the two are one
+            kinds = [(causal, "plain") for causal in (False, True)] + [(True, "varlen"), (True, "scores")]
+            found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), deterministic) for kind in kinds]
+    return [*found, (Variant("backward", "sm_90", 96, "float16", long=True), False)]
+
+
+@pytest.mark.parametrize("variant, deterministic", backward_variants(), ids=str)
+def test_backward(variant, deterministic, tmp_path):
+    problem, operands = variants.operands_of(variant)
+    q, k, v, *_ = operands
+    statistic = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    softmax_lse = torch.empty(statistic, device="meta")
+    gradients = Gradients(*map(torch.empty_like, (q, k, v)))
+    counter = torch.empty(2, dtype=torch.int32, device="meta")
+    with (
+        compiling_for("sm_90", str(tmp_path)) as launches,
+        mock.patch.object(devices, "of", lambda device: ARCHITECTURE.hardware),
+        mock.patch.object(hopper, "tile_counter", lambda device: counter),
+    ):
+        problem = problem._replace(deterministic=deterministic)
+        hopper.backward(problem, operands, torch.empty_like(q), torch.empty_like(q), softmax_lse, gradients)
+    passes = {launch.kernel for launch in launches}
+    assert passes == (
+        {"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant, deterministic) else ONE_PASS
+    )
+    for launch in launches:
+        report, (spills, reason) = launch.report, budget(launch.kernel, variant.pad, variant.feature)
+        assert not report.warnings, f"{launch.kernel}: {report}"
+        assert report.spill_bytes <= spills, f"{launch.kernel} may spill {spills} bytes ({reason}): {report}"
+        assert report.shared_memory <= ARCHITECTURE.shared_memory, f"{launch.kernel}: {report}"
+        assert (report.wgmma > 0) == (report.tma > 0) == (launch.kernel not in AROUND), f"{launch.kernel}: {report}"
+
+
+AROUND = {"attn_bwd_rows_kernel", "attn_bwd_convert_kernel"}
+ONE_PASS = {"attn_bwd_kernel"} | AROUND
+
+
+def two_passes(variant: Variant, deterministic: bool) -> bool:
+    return deterministic or variant.pad == 256 or (variant.pad == 64 and variant.feature == "scores")
