@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flash_attn.backward.call import attend, differentiate, make_words, outputs, run, save
+from flash_attn.backward.call import attend, differentiate, make_words, once_differentiable, outputs, run, save
 from flash_attn.dispatch import empty_gradient
 
 

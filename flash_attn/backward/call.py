@@ -4,7 +4,8 @@ While something listens to operators (torch.compile, a dispatch mode), calls go 
 straight to its implementation, which saves the dispatcher's host time.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,17 @@ class Words(NamedTuple):
     deterministic: bool
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator, whose host time is spent only where a graph of the gradients is asked for."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def choose(ctx: Any, *gradients: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return choose
 
 
 def make_words(

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flash_attn.backward.call import Words, attend, differentiate, make_words, outputs
+from flash_attn.backward.call import Words, attend, differentiate, make_words, once_differentiable, outputs
 from flash_attn.dispatch import empty_gradient
 
 
