@@ -7,7 +7,6 @@ transformers (5 or newer) is imported inside functions only.
 The name has no "flash" in it: transformers takes every such name for a package or a kernel of the hub that it has to load.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +137,7 @@ def attention_forward(
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1),
         softcap=softcap or 0.0,
         deterministic=bool(deterministic),
-        **_sink(s_aux),
+        s_aux=s_aux,
     )
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     given = all(x is not None for x in lengths)
@@ -209,7 +208,7 @@ def paged_attention_forward(
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         softcap=softcap or 0.0,
-        **_sink(s_aux),
+        s_aux=s_aux,
     )
     return out[None, ..., :headdim_v], None
 
@@ -284,14 +283,6 @@ def _compute_dtype(module: torch.nn.Module, query: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
     return next((x.dtype for x in module.parameters() if x.is_floating_point()), query.dtype)
-
-
-def _sink(s_aux: Tensor | None) -> dict[str, Any]:
-    if s_aux is None:
-        return {}
-    if "s_aux" not in inspect.signature(flash_attn_varlen_func).parameters:
-        raise UnsupportedProblem("attention sinks: flash_attn_func and flash_attn_varlen_func take no s_aux")
-    return dict(s_aux=s_aux)
 
 
 def _refuse_unknown_arguments(attention_mask: Tensor | None, others: dict[str, Any]) -> None:

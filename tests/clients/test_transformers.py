@@ -20,7 +20,6 @@ FA2, PLUS = "flash_attention_2", "fa_plus"
 LENGTH = 17
 LENGTHS = {"plain": (17, 17, 17), "left": (13, 8, 17), "right": (17, 5, 12)}
 PACKED = (6, 1, 10)
-HAS_SINKS = "s_aux" in inspect.signature(flash_attn.flash_attn_varlen_func).parameters
 DECODERS = [name for name, model in tiny.MODELS.items() if model.decoder]
 
 
@@ -67,11 +66,8 @@ def implementation(request):
 
 
 def build(name, seed, device="cpu", **words):
-    model = tiny.MODELS[name]
-    if model.sinks and not HAS_SINKS:
-        pytest.skip("needs s_aux")
     torch.manual_seed(seed)
-    return tiny.build(model, **words).to(device)
+    return tiny.build(tiny.MODELS[name], **words).to(device)
 
 
 def batch(kind, seed, device="cpu", rows=3):
@@ -412,13 +408,9 @@ def test_mask_functions_of_other_kinds_are_refused(seed):
         masks.create_chunked_causal_mask(**words)
 
 
-def test_sinks_reach_the_functions_or_are_refused(seed, monkeypatch):
+def test_sinks_reach_the_functions(seed):
     layer = build("llama, grouped heads", seed).model.layers[0].self_attn
     q, sinks = torch.randn(1, 4, 5, 8), torch.randn(4)
-    if not HAS_SINKS:
-        with pytest.raises(UnsupportedProblem, match="take no s_aux"):
-            integration.attention_forward(layer, q, q, q, None, s_aux=sinks)
-        return
     out, _ = integration.attention_forward(layer, q, q, q, None, s_aux=sinks)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     expected, _ = tiny.exact_attention(layer, *(x.double() for x in (q, q, q)), mask, s_aux=sinks)
