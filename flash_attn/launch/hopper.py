@@ -135,8 +135,8 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
         ),
     ),
 }
-# queries from which on a second tile of K and V costs more, by what it takes from the L1 cache, than loading them late:
-# 3 % at 4k and 16k tokens, 2 % at 16k causal tokens, H200, 2026-11-22
+# queries from which on a second tile of K and V costs more than loading them late: 3 % at 4k and 16k tokens, 2 % at 16k causal
+# tokens; H200, 2026-11-22
 LONG, LONG_CAUSAL = 2048, 8192
 ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 
