@@ -1,6 +1,8 @@
 """The documents tell the truth: their Python runs, their links and file names exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,9 @@ def test_translations_have_the_code_the_numbers_and_the_sections_of_their_origin
         assert len(re.findall(line, translated, re.MULTILINE)) == len(re.findall(line, prose, re.MULTILINE))
     for quoted in (r"`[\w./]+\.py:\d+[-\d]*`", r"`:\d+[-\d]*`"):
         assert sorted(re.findall(quoted, translated)) == sorted(re.findall(quoted, prose))
+
+
+def test_the_support_table_is_up_to_date():
+    pytest.importorskip("triton", reason="the backends for GPUs refuse everything without it")
+    command = [sys.executable, str(ROOT / "tools" / "support_table.py"), "--check"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, "run python tools/support_table.py"
