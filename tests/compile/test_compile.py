@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 
-from flash_attn.kernels.algebra.arguments import Dropout, Pages, Score, Sequences, Window  # noqa: E402
+from flash_attn.kernels.algebra.arguments import Dropout, Pages, Score, Sequences, Tensor, Window  # noqa: E402
 from flash_attn.kernels.algebra.dropout import (  # noqa: E402
     col_words,
     drop,
@@ -25,7 +25,7 @@ from flash_attn.kernels.algebra.interval import (  # noqa: E402
     query_interval,
     visible,
 )
-from flash_attn.kernels.algebra.locate import locate_keys  # noqa: E402
+from flash_attn.kernels.algebra.locate import locate_keys, row_base, sequence_base  # noqa: E402
 from flash_attn.kernels.algebra.score import (  # noqa: E402
     gradient_scale,
     load_slope,
@@ -235,12 +235,17 @@ def probe_kernel(
     elif FUNCTION == "locate_keys":
         page, slot, valid = locate_keys(pages, batch, rows, rows < span.seqlen_k)
         tile += gl.where(valid, page + slot, 0)[:, None]
+    elif FUNCTION == "sequence_base":
+        operand = Tensor(x, SIZE * SIZE, SIZE, SIZE)
+        tile += gl.load(sequence_base(operand, batch, 0, span.start_q) + offsets)
+        tile += gl.load(row_base(operand, batch, 0, span.start_q) + rows)[:, None]
     gl.store(out + offsets, tile)
 
 
 FUNCTIONS = (
     "key_interval", "query_interval", "visible", "hide", "key_blocks", "block_bounds", "score_forward", "score_backward",
     "softmax_step", "softmax_pivot", "softmax_weights", "drop", "load_span", "locate_keys",
+    "sequence_base",
 )  # fmt: skip
 
 
