@@ -95,6 +95,53 @@ def fused_mlp_func(
     return (out, x) if return_residual else out
 
 
+class FusedDenseFunc:
+    """`fused_dense_func` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/fused_dense.py.
+    """
+
+    apply = staticmethod(fused_dense_func)
+
+
+class FusedMLPFunc:
+    """`fused_mlp_func` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/fused_dense.py.
+    """
+
+    @staticmethod
+    def apply(
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: str = "gelu_approx",
+        save_pre_act: bool = True,
+        return_residual: bool = False,
+        checkpoint_lvl: int = 0,
+        heuristic: int = 0,
+        process_group: Any = None,
+        sequence_parallel: bool = True,
+    ) -> Any:
+        """`fused_mlp_func`, each bias behind its weight."""
+        return fused_mlp_func(
+            x,
+            weight1,
+            weight2,
+            bias1,
+            bias2,
+            activation,
+            save_pre_act,
+            return_residual,
+            checkpoint_lvl,
+            heuristic,
+            process_group,
+            sequence_parallel,
+        )
+
+
 class FusedDense(nn.Linear):
     """nn.Linear that can also return its input.
 

@@ -25,7 +25,8 @@ NAMES = {
         "swiglu_bwd swiglu_fwd"
     ),
     "ops.fused_dense": (
-        "ColumnParallelLinear FusedDense FusedMLP ParallelFusedMLP RowParallelLinear fused_dense_func fused_mlp_func"
+        "ColumnParallelLinear FusedDense FusedDenseFunc FusedMLP FusedMLPFunc ParallelFusedMLP RowParallelLinear "
+        "fused_dense_func fused_mlp_func"
     ),
     "ops.layer_norm": (
         "DropoutAddLayerNorm dropout_add_layer_norm dropout_add_layer_norm_parallel_residual layer_norm"

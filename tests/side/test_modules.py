@@ -13,7 +13,7 @@ from flash_attn.modules.embedding import BertEmbeddings, GPT2Embeddings
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import FusedMLP, GatedMlp, Mlp
 from flash_attn.ops import activations
-from flash_attn.ops.fused_dense import FusedDense, fused_mlp_func
+from flash_attn.ops.fused_dense import FusedDense, FusedDenseFunc, FusedMLPFunc, fused_mlp_func
 from flash_attn.ops.triton import k_activations
 from flash_attn.ops.triton.layer_norm import RMSNorm
 from flash_attn.ops.triton.linear import triton_dgrad_act, triton_linear_act
@@ -96,6 +96,33 @@ def test_fused_mlp_keeps_its_gradients_at_every_checkpoint_level(seed, activatio
         torch.autograd.grad(out, inputs, dout), torch.autograd.grad(truth, inputs, dout), strict=True
     ):
         same(ours, expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_apply_takes_its_arguments_in_the_order_of_the_autograd_functions(seed, biased, residual):
+    torch.manual_seed(seed)
+    x, weight1, weight2 = torch.randn(3, 5, 6), torch.randn(10, 6), torch.randn(4, 10)
+    bias1, bias2 = (torch.randn(10), torch.randn(4)) if biased else (None, None)
+    leaves = [each.requires_grad_() for each in (x, weight1, bias1, weight2, bias2) if each is not None]
+
+    def check(results, truth):
+        out, kept = results if residual else (results, x)
+        same(out, truth)
+        ours, expected = out.square().mean() + kept.sin().mean(), truth.square().mean() + x.sin().mean()
+        gradients = [
+            torch.autograd.grad(each, leaves, retain_graph=True, materialize_grads=True) for each in (ours, expected)
+        ]
+        for got, right in zip(*gradients, strict=True):
+            same(got, right)
+
+    check(FusedDenseFunc.apply(x, weight1, bias1, residual, None, True), F.linear(x, weight1, bias1))
+    truth = F.linear(F.relu(F.linear(x, weight1, bias1)).square(), weight2, bias2)
+    for save_pre_act, level in ((True, 0), (True, 1), (False, 0)):
+        results = FusedMLPFunc.apply(
+            x, weight1, bias1, weight2, bias2, "sqrelu", save_pre_act, residual, level, -1, None, True
+        )
+        check(results, truth)
 
 
 def test_fewer_activations_are_kept_at_a_higher_checkpoint_level():
