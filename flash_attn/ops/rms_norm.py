@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn.ops.layer_norm import add_norm, add_two_norms
+from flash_attn.ops.layer_norm import Subset, add_norm, add_norm_subset, add_two_norms
 from flash_attn.ops.normalization import normalise
 
 
@@ -37,6 +37,43 @@ def dropout_add_rms_norm(
     scales = (rowscale, layerscale)
     return add_norm(
         x0, residual, weight, bias, dropout_p, epsilon, scales, prenorm, residual_in_fp32, return_dropout_mask, True
+    )
+
+
+def dropout_add_rms_norm_subset(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    layerscale: Tensor | None = None,
+    x0_subset: Tensor | None = None,
+    out_subset: Tensor | None = None,
+    rowscale_const: float = 1.0,
+    out_numrows: int = 0,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
+    """`dropout_add_layer_norm_subset` with the root of the mean square.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/rms_norm.py.
+    """
+    subset = Subset(x0_subset, out_subset, rowscale_const, out_numrows)
+    return add_norm_subset(
+        x0,
+        residual,
+        weight,
+        bias,
+        dropout_p,
+        epsilon,
+        layerscale,
+        subset,
+        prenorm,
+        residual_in_fp32,
+        return_dropout_mask,
+        True,
     )
 
 

@@ -29,9 +29,13 @@ NAMES = {
         "fused_dense_func fused_mlp_func"
     ),
     "ops.layer_norm": (
-        "DropoutAddLayerNorm dropout_add_layer_norm dropout_add_layer_norm_parallel_residual layer_norm"
+        "DropoutAddLayerNorm dropout_add_layer_norm dropout_add_layer_norm_parallel_residual dropout_add_layer_norm_subset "
+        "layer_norm"
     ),
-    "ops.rms_norm": ("DropoutAddRMSNorm RMSNorm dropout_add_rms_norm dropout_add_rms_norm_parallel_residual rms_norm"),
+    "ops.rms_norm": (
+        "DropoutAddRMSNorm RMSNorm dropout_add_rms_norm dropout_add_rms_norm_parallel_residual dropout_add_rms_norm_subset "
+        "rms_norm"
+    ),
     "modules.mha": (
         "CrossAttention FlashCrossAttention FlashSelfAttention LinearResidual MHA ParallelMHA SelfAttention "
         "_update_kv_cache flash_attn_with_kvcache get_alibi_slopes"

@@ -64,6 +64,93 @@ def test_two_norms(seed, rms, two, masks):
         same(out1, formula(truth, weight1, bias1, rms))
 
 
+SUBSETS = {False: layer_norm.dropout_add_layer_norm_subset, True: rms_norm.dropout_add_rms_norm_subset}
+OPTIONS = [
+    dict(zip(("rms", "with_residual", "scaled", "dropped"), options, strict=True))
+    for options in itertools.product([False, True], repeat=4)
+]
+
+
+def places(present):
+    return (present.cumsum(0) * present).to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda options: "-".join(k for k, on in options.items() if on) or "plain"
+)
+def test_subsets_of_rows(seed, options):
+    """Against the norm of all rows, of which the missing ones are 0 and the unwanted ones dropped: values and gradients."""
+    torch.manual_seed(seed)
+    batch_size, seqlen, hidden = 7, 3, 16
+    there, wanted = torch.rand(2, batch_size) < 0.6
+    there[0] = wanted[1] = True
+    x0 = torch.randn(int(there.sum()), seqlen, hidden, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(batch_size, seqlen, hidden, dtype=torch.float64) if options["with_residual"] else None
+    weight, bias, layerscale = torch.randn(3, hidden, dtype=torch.float64)
+    bias, layerscale = (None if options["rms"] else bias), (layerscale if options["scaled"] else None)
+    scale, p = (1.7 if options["scaled"] else 1.0), (0.4 if options["dropped"] else 0.0)
+    leaves = [each.requires_grad_() for each in (x0, residual, weight, bias, layerscale) if each is not None]
+    rows = [each.repeat_interleave(seqlen) for each in (there, wanted)]
+    out, z, mask = SUBSETS[options["rms"]](
+        x0,
+        residual,
+        weight,
+        bias,
+        p,
+        EPS,
+        layerscale,
+        places(rows[0]).view(batch_size, seqlen),
+        places(rows[1]).view(batch_size, seqlen),
+        scale,
+        int(rows[1].sum()),
+        prenorm=True,
+        return_dropout_mask=True,
+    )
+    assert mask.shape == x0.shape and mask.all() == (p == 0.0)
+    kept = x0 * mask / (1 - p) * scale * (1 if layerscale is None else layerscale)
+    truth = torch.zeros(batch_size, seqlen, hidden, dtype=torch.float64).index_copy(0, there.nonzero()[:, 0], kept)
+    truth = truth if residual is None else truth + residual
+    same(z, truth)
+    expected = formula(truth, weight, 0 if bias is None else bias, options["rms"])[wanted]
+    same(out, expected)
+    g, gz = torch.randn_like(out), torch.randn_like(z)
+    gradients = torch.autograd.grad((out, z), leaves, (g, gz))
+    for got, right in zip(gradients, torch.autograd.grad((expected, truth), leaves, (g, gz)), strict=True):
+        same(got, right)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_subsets_keep_dtypes_and_stay_inside(seed, rms):
+    torch.manual_seed(seed)
+    x0, weight = torch.randn(2, 8).bfloat16(), torch.ones(8)
+    x0_subset, out_subset = torch.tensor([1, 0, 3, -1]), torch.tensor([2, 9, 0, 3])
+    arguments = dict(x0_subset=x0_subset, out_subset=out_subset, out_numrows=4, prenorm=True)
+    out, z = SUBSETS[rms](x0, None, weight, None, 0.0, EPS, residual_in_fp32=True, **arguments)
+    assert out.dtype == torch.bfloat16 and z.dtype == torch.float32 and out.shape == z.shape == (4, 8)
+    assert torch.equal(z, torch.cat([x0[:1].float(), torch.zeros(3, 8)]))
+    torch.testing.assert_close(out[1], formula(z[0], 1.0, None, rms).bfloat16())
+    assert not out[[0, 2, 3]].any()
+    residual = torch.randn(4, 8).bfloat16()
+    out, z = SUBSETS[rms](x0, residual, weight, None, 0.0, EPS, rowscale_const=3.0, **arguments)
+    truth = residual[0].float() + 3.0 * x0[0].float()
+    assert out.dtype == z.dtype == torch.bfloat16 and torch.equal(z[0], truth.bfloat16())
+    torch.testing.assert_close(out[1], formula(truth, 1.0, None, rms).bfloat16())
+    nothing = SUBSETS[rms](x0[:0], None, weight, None, 0.0, EPS, x0_subset=0 * x0_subset, out_subset=0 * out_subset)
+    assert nothing.shape == (0, 8)
+
+
+def test_subsets_of_nothing_are_the_whole(seed):
+    torch.manual_seed(seed)
+    x0, residual = torch.randn(2, *SHAPE)
+    weight, bias, layerscale = torch.randn(3, 16)
+    for rms, subset in SUBSETS.items():
+        truth = FUNCTIONS[rms][0](x0, residual, weight, bias, 0.0, EPS, layerscale=layerscale, prenorm=True)
+        for got, right in zip(
+            subset(x0, residual, weight, bias, 0.0, EPS, layerscale, prenorm=True), truth, strict=True
+        ):
+            assert torch.equal(got, right)
+
+
 @pytest.mark.parametrize("cls", [layer_norm.DropoutAddLayerNorm, rms_norm.DropoutAddRMSNorm])
 def test_modules(seed, cls):
     torch.manual_seed(seed)
@@ -91,3 +178,26 @@ def test_bad_input_is_named():
         layer_norm.dropout_add_layer_norm(x, weight, weight, weight, 0.0, EPS)
     with pytest.raises(ValueError, match=r"got 1\.0"):
         rms_norm.dropout_add_rms_norm(x, None, weight, None, 1.0, EPS)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(out_subset=None), "got no out_subset"),
+        (dict(x0_subset=None), "got no x0_subset"),
+        (dict(x0_subset=None, out_subset=None, out_numrows=0), r"rowscale_const \(2\.0\)"),
+        (dict(x0_subset=None, out_subset=None, rowscale_const=1.0), r"out_numrows \(3\)"),
+        (dict(x0_subset=torch.ones(5)), "x0_subset must be of an integer dtype, got torch.float32"),
+        (dict(out_subset=torch.ones(4, dtype=torch.int32)), "'x0_subset': 5, 'out_subset': 4"),
+        (dict(residual=torch.ones(6, 4)), "'residual': 6"),
+        (dict(residual=torch.ones(5, 3)), "the 4 columns of x0, got 3"),
+        (dict(out_numrows=-1), "got -1"),
+        (dict(dropout_p=1.0), r"got 1\.0"),
+    ],
+)
+def test_bad_subsets_are_named(changes, words):
+    every = torch.ones(5, dtype=torch.int32)
+    arguments = dict(residual=None, dropout_p=0.0, x0_subset=every, out_subset=every, rowscale_const=2.0, out_numrows=3)
+    for subset in SUBSETS.values():
+        with pytest.raises(ValueError, match=words):
+            subset(torch.ones(2, 4), weight=torch.ones(4), bias=None, epsilon=EPS, **(arguments | changes))
