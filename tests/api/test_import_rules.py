@@ -154,6 +154,7 @@ RULES = {
         ("torch", "einops"),
     ),
     "utils.pretrained": Rule((), ("torch", "transformers", "safetensors")),
+    "utils.testing": Rule(("bert_padding", "reference")),
     "utils": Rule(("utils", "bert_padding"), ("torch", "einops")),
     "flash_attn_triton": Rule(()),
     "flash_attn_interface": Rule(("flash_attn_2_cuda", "problem", "backward", "torch_ops", "kvcache", "sinks")),

@@ -59,7 +59,7 @@ NAMES = {
     ),
     "utils.library": "triton_op",
     "utils.pretrained": "state_dict_from_pretrained",
-    "utils.testing": "generate_qkv generate_random_padding_mask",
+    "utils.testing": "attention_ref construct_chunk_mask construct_local_mask generate_qkv generate_random_padding_mask",
     "utils.torch": "custom_bwd custom_fwd",
     "flash_attn_triton": "flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func",
 }

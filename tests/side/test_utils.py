@@ -106,14 +106,20 @@ def test_packed_inputs_pad_back_to_what_they_were(seed, masked):
     q, k, v = torch.randn(3, 2, 5, 4, 8)
     mask = torch.arange(5) < torch.tensor([[3], [5]]) if masked else None
     keep = mask[..., None, None] if masked else 1
-    packed_q, packed_k, packed_v, cu_q, cu_k, max_q, max_k, *padded, pad, _pad_dq, pad_dk = generate_qkv(
-        q, k, v, mask, mask
-    )
+    qv = torch.randn(2, 5, 4, 3)
+    results = generate_qkv(q, k, v, mask, mask, qv)
+    packed_q, packed_k, packed_v, packed_qv, cu_q, cu_k, used_q, used_k, max_q, max_k = results[:10]
+    *padded, padded_qv, pad, _pad_dq, pad_dk = results[10:]
     lengths = [0, 3, 8] if masked else [0, 5, 10]
     assert cu_q.tolist() == cu_k.tolist() == lengths and max_q == max_k == 5 and cu_q.dtype == torch.int32
     assert torch.equal(pad(packed_q), q * keep) and torch.equal(pad_dk(packed_k), k * keep)
     assert torch.equal(pad(packed_v), v * keep)
     assert all(torch.equal(leaf, x) and leaf.is_leaf for leaf, x in zip(padded, (q, k, v), strict=True))
+    assert torch.equal(pad(packed_qv), qv * keep) and padded_qv.equal(qv) and not packed_qv.requires_grad
+    for used in (used_q, used_k):
+        assert used.tolist() == [3, 5] if masked else used is None
+    without = generate_qkv(q, k, v, mask, mask)
+    assert len(without) == 17 and without[3] is without[13] is None
     kv_form = generate_qkv(q, k, v, mask, mask, kvpacked=True)
     assert torch.equal(kv_form[-1](kv_form[1]), torch.stack([k, v], 2) * (keep[:, :, None] if masked else 1))
     packed, cu, longest, whole, _, pad_dqkv = generate_qkv(q, k, v, mask, mask, qkvpacked=True)
@@ -123,3 +129,20 @@ def test_packed_inputs_pad_back_to_what_they_were(seed, masked):
         generate_qkv(q, k, v, kvpacked=True, qkvpacked=True)
     with pytest.raises(ValueError, match="alike"):
         generate_qkv(q, k[:, :4], v[:, :4], qkvpacked=True)
+
+
+def test_unused_tokens_keep_their_room(seed):
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 2, 5, 4, 8)
+    mask = torch.arange(5) < torch.tensor([[3], [2]])
+    unused = torch.arange(5) == torch.tensor([[3], [4]])
+    results = generate_qkv(q, k, v, mask, mask, query_unused_mask=unused, key_unused_mask=unused)
+    assert results[4].tolist() == results[5].tolist() == [0, 4, 7] and results[8:10] == (4, 4)
+    assert results[6].tolist() == results[7].tolist() == [3, 2]
+    for packed, x in zip(results[:3], (q, k, v), strict=True):
+        assert torch.equal(results[-1](packed), x * (mask | unused)[..., None, None])
+    for form in ("kvpacked", "qkvpacked"):
+        with pytest.raises(ValueError, match="go without qv, key_unused_mask"):
+            generate_qkv(q, k, v, mask, mask, qv=q, key_unused_mask=unused, **{form: True})
+    with pytest.raises(ValueError, match="need their padding masks"):
+        generate_qkv(q, k, v, key_unused_mask=unused)
