@@ -19,9 +19,8 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    score_rest: tuple[
-        Any, ...
-    ]  # slope stride, exact, negative, and no sinks: a forward passes those in place of the last
+    # slope stride, exact, negative, and no sinks: a forward passes those in place of the last
+    score_rest: tuple[Any, ...]
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,13 +99,34 @@ def _bind_regular(
     return launch
 
 
-def _programs(q: Tensor, num_tiles: int) -> int:
-    return min(num_tiles, devices.of(q.device).num_sms)
+class Tiles(NamedTuple):
+    """What the persistent kernels draw."""
+
+    num_programs: int
+    sizes: tuple[int | None, ...]  # num_tiles, num_blocks, heads_together, then FixedArguments.lengths
+
+
+def _tiles(q: Tensor, fixed: FixedArguments, seqlen: int, nheads: int, heads_together: int) -> Tiles:
+    """The tiles of sequences of up to `seqlen` queries or keys."""
+    num_blocks, heads = math.ceil(seqlen / TILE), fixed.batch_size * nheads
+    num_tiles = num_blocks * heads
+    num_programs = min(num_tiles, devices.of(q.device).num_sms)
+    return Tiles(num_programs, (num_tiles, num_blocks, _together(heads_together, heads), *fixed.lengths))
 
 
 def _together(wanted: int, heads: int) -> int:
     """The largest number of heads up to `wanted` that divides them into equal groups."""
     return next(number for number in range(min(wanted, heads), 0, -1) if heads % number == 0) if heads else 1
+
+
+def _key_maps(
+    operands: Operands, dout: Tensor, gradients: Gradients, block_m: int, pad: int
+) -> list[tensor_maps.Describe]:
+    """Maps of q, k, v, dout, dk and dv for a kernel that owns keys: blocks of queries, and each consumer's rows of the keys."""
+    q, k, v = operands.q, operands.k, operands.v
+    tensors = ((q, block_m), (k, CONSUMER_ROWS), (v, CONSUMER_ROWS), (dout, block_m))
+    written = ((gradients.dk, CONSUMER_ROWS), (gradients.dv, CONSUMER_ROWS))
+    return [tensor_maps.hopper(x, rows, pad) for x, rows in (*tensors, *written)]
 
 
 def bind_dq(
@@ -123,9 +144,7 @@ def bind_dq(
 
     q, k, v = operands.q, operands.k, operands.v
     pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
-    num_m = math.ceil(operands.max_seqlen_q / TILE)
-    heads = fixed.batch_size * q.shape[-2]
-    together = _together(config.heads_together, heads)
+    tiles = _tiles(q, fixed, operands.max_seqlen_q, q.shape[-2], config.heads_together)
     q_map, dout_map, dq_map = (tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (q, dout, dq))
     k_map, v_map = (tensor_maps.hopper(x, config.block_n, pad) for x in (k, v))
     out_strides, row_strides = strides(out), statistic_strides(softmax_lse)
@@ -143,10 +162,7 @@ def bind_dq(
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
             p[13],
-            num_m * heads,
-            num_m,
-            together,
-            *fixed.lengths,
+            *tiles.sizes,
         )
 
     constants = {
@@ -160,7 +176,7 @@ def bind_dq(
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 5, *[arguments.Tensor] * 3, arguments.Sequences, arguments.Score)
-    return Launcher(attn_bwd_dq_kernel, _programs(q, num_m * heads), build, kinds, constants, {"num_warps": 4})
+    return Launcher(attn_bwd_dq_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
 def bind_dkdv(
@@ -177,15 +193,9 @@ def bind_dkdv(
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.hopper.backward_dkdv import attn_bwd_dkdv_kernel
 
-    q, k, v = operands.q, operands.k, operands.v
     pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
-    num_n = math.ceil(operands.max_seqlen_k / TILE)
-    heads = fixed.batch_size * k.shape[-2]
-    together = _together(config.heads_together, heads)
-    q_map, dout_map = (tensor_maps.hopper(x, config.block_m, pad) for x in (q, dout))
-    k_map, v_map, dk_map, dv_map = (
-        tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (k, v, gradients.dk, gradients.dv)
-    )
+    tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
+    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(operands, dout, gradients, config.block_m, pad)
     row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -201,10 +211,7 @@ def bind_dkdv(
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
             p[13],
-            num_n * heads,
-            num_n,
-            together,
-            *fixed.lengths,
+            *tiles.sizes,
         )
 
     constants = {
@@ -217,7 +224,7 @@ def bind_dkdv(
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 6, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
-    return Launcher(attn_bwd_dkdv_kernel, _programs(q, num_n * heads), build, kinds, constants, {"num_warps": 4})
+    return Launcher(attn_bwd_dkdv_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
 def bind_one_pass(
@@ -269,14 +276,9 @@ def _bind_products(
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.hopper.backward_one_pass import attn_bwd_kernel
 
-    q, k, v = operands.q, operands.k, operands.v
-    pad, num_n = head_dim_pad(problem.headdim), math.ceil(operands.max_seqlen_k / TILE)
-    heads = fixed.batch_size * k.shape[-2]
-    together = _together(config.heads_together, heads)
-    q_map, dout_map = (tensor_maps.hopper(x, config.block_m, pad) for x in (q, dout))
-    k_map, v_map, dk_map, dv_map = (
-        tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (k, v, gradients.dk, gradients.dv)
-    )
+    pad = head_dim_pad(problem.headdim)
+    tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
+    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(operands, dout, gradients, config.block_m, pad)
     row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -294,10 +296,7 @@ def _bind_products(
             (fixed.scale, fixed.softcap, p[13], *fixed.score_rest),
             p[14],
             *blocks,
-            num_n * heads,
-            num_n,
-            together,
-            *fixed.lengths,
+            *tiles.sizes,
         )
 
     constants = {
@@ -307,7 +306,7 @@ def _bind_products(
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 7, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
-    return Launcher(attn_bwd_kernel, _programs(q, num_n * heads), build, kinds, constants, {"num_warps": 4})
+    return Launcher(attn_bwd_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
 def _bind_rows(
