@@ -242,7 +242,7 @@ def test_interpreted_gradients_leave_out_rows_of_dq(interpreted, seed):
 
     package = interpreted_gems.load(dq_rows=64)
     (dq, dk, dv), wanted = gradients(package, seed, (None, 0))
-    assert error(dq[:, :, 128:], wanted[0][:, :, 128:]) > FAR
+    assert dq[:, :, 128:].isnan().all()
     assert error(dk, wanted[1]) < FAR and error(dv, wanted[2]) < FAR
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -145,11 +146,14 @@ def _elementwise(of_tensors: Any, of_numbers: Any, a: Any, b: Any) -> Any:
 
 
 def _interpreted(operator: Any) -> Any:
-    """The operator with bool arguments of its kernels passed as integers, which the interpreter needs."""
+    """The operator with bool arguments of its kernels passed as integers, which the interpreter needs.
+
+    What it allocates starts as NaN: otherwise an element that it never writes may hold an earlier call's right result.
+    """
 
     @functools.wraps(operator)
     def call(*args: Any, **words: Any) -> Any:
-        with _bools_as_integers():
+        with _bools_as_integers(), _memory_of_nan():
             return operator(*args, **words)
 
     return call
@@ -160,3 +164,14 @@ def _bools_as_integers() -> Iterator[None]:
     convert = interpreter._implicit_cvt
     with mock.patch.object(interpreter, "_implicit_cvt", lambda x: convert(int(x) if isinstance(x, bool) else x)):
         yield
+
+
+@contextlib.contextmanager
+def _memory_of_nan() -> Iterator[None]:
+    """torch.empty fills with NaN, as it does where deterministic algorithms are asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
