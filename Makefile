@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 GPU_JOBS ?= 16
+TRITON ?= 3.9.0
 
 RUN := .venv/bin/python
 NOT_HERE := not gpu and not slow
@@ -11,7 +12,7 @@ if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "ski
 numpy-suits-interpreter := $(RUN) -c "import numpy; exit(int(numpy.__version__.split('.')[1]) >= 4)"
 lint-with = $(call if-installed,ruff,$(RUN) -m ruff $(1))
 
-.PHONY: test test-interpreter test-rest test-gpu demo demo-serve bench lint typecheck wheel format setup clean
+.PHONY: test test-interpreter test-rest test-triton test-gpu demo demo-serve bench lint typecheck wheel format setup clean
 
 # One at a time and in this order, so that the last line is pytest's summary.
 .NOTPARALLEL:
@@ -23,6 +24,11 @@ test-interpreter: setup
 
 test-rest: setup
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) -m "not interpreter and $(NOT_HERE)" tests
+
+# The compile checks with another release of Triton than the one that torch brought.
+test-triton: setup
+	$(RUN) -m pip install -q --no-deps --upgrade --target .venv.triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.venv.triton-$(TRITON) $(RUN) -m pytest -q -n $(JOBS) tests/compile
 
 test-gpu: setup
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) -m "gpu and not slow" tests
@@ -54,4 +60,4 @@ setup:
 	@$(PYTHON) tools/setup_env.py
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv .venv.triton-* build dist demo *.egg-info

@@ -97,9 +97,15 @@ def automatic_order(hardware: Hardware) -> list[str]:
 
 
 def _suitable(problem: AttentionProblem, hardware: Hardware) -> list[str]:
-    """The backends of `automatic_order` without those for which the problem is too small to be worthwhile."""
-    worth = {name: getattr(load(name), "worthwhile", None) for name in automatic_order(hardware)}
-    return [name for name, worthwhile in worth.items() if worthwhile is None or worthwhile(problem)]
+    """The backends of `automatic_order` without those that leave the problem to others."""
+    return [name for name in automatic_order(hardware) if _left_to_others(name, problem, hardware) is None]
+
+
+def _left_to_others(name: str, problem: AttentionProblem, hardware: Hardware) -> str | None:
+    """Why the automatic choice passes a backend over that does not refuse the problem, or None."""
+    backend = load(name)
+    leaves = getattr(backend, "left_to_others", None)
+    return None if leaves is None or backend.unsupported(problem, hardware) else leaves(problem)
 
 
 def forward_only(name: str) -> str | None:
@@ -130,16 +136,17 @@ def _first_able(problem: AttentionProblem, hardware: Hardware, names: list[str],
 def explain(problem: AttentionProblem, hardware: Hardware) -> dict[str, str]:
     """Every backend's verdict on a problem: "runs it" for the automatic choice, "could run it", or why not.
 
-    A backend that computes no gradients adds who does, and why.
+    A backend that leaves the problem to others adds why; one that computes no gradients who does, and why.
     """
     refusals = {name: load(name).unsupported(problem, hardware) for name in MODULES}
     chosen = next((name for name in _suitable(problem, hardware) if refusals[name] is None), None)
-    return {
-        name: ("runs it" if name == chosen else "could run it") + _gradients_by(name, problem, hardware)
-        if reason is None
-        else reason
-        for name, reason in refusals.items()
-    }
+
+    def verdict(name: str) -> str:
+        left = _left_to_others(name, problem, hardware)
+        able = "runs it" if name == chosen else "could run it" if left is None else f"could run it, but {left}"
+        return able + _gradients_by(name, problem, hardware)
+
+    return {name: verdict(name) if reason is None else reason for name, reason in refusals.items()}
 
 
 def able(verdict: str) -> bool:

@@ -66,8 +66,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """Five members; a backend says no in a sentence.
 
-    One that computes no gradients has a sixth, `forward_only: str`, which says why; one that small problems are too small for
-    has `worthwhile(problem) -> bool`, which the automatic choice asks.
+    One that computes no gradients has a sixth, `forward_only: str`, which says why; one that leaves some problems to others has
+    `left_to_others(problem) -> str | None`, the reason why the automatic choice passes it over.
     """
 
     name: str

@@ -45,25 +45,35 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
     return _unknown_release()
 
 
-@functools.cache
+def left_to_others(problem: AttentionProblem) -> str | None:
+    """Why the automatic choice passes the backend over for a problem that it can run, or None."""
+    if _release() != GLUON_RELEASES[0]:
+        return f"has run on a GPU with Triton {GLUON_RELEASES[0]} only; this is {_release()}"
+    work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
+    return "tensor maps cost the host 20 us, too much for a problem so small" if work < WORTHWHILE else None
+
+
 def _unknown_release() -> str | None:
     """Why the installed Triton's Gluon cannot be used, or None."""
     try:
-        import triton
+        release = _release()
     except ImportError:
         return "Triton is not installed; `pip install triton` adds it"
-    if ".".join(triton.__version__.split("+")[0].split(".")[:2]) != GLUON_RELEASE:
-        return f"written for the Gluon of Triton {GLUON_RELEASE}; this is {triton.__version__}"
+    if release not in GLUON_RELEASES:
+        return f"written for the Gluon of Triton {', '.join(GLUON_RELEASES)}; this is {release}"
     return None
 
 
-GLUON_RELEASE = "3.6"  # later ones rename what the pipelines call; 3.9 does not compile them
+@functools.cache
+def _release() -> str:
+    """Major and minor version of Triton."""
+    import triton
+
+    return ".".join(triton.__version__.split("+")[0].split(".")[:2])
 
 
-def worthwhile(problem: AttentionProblem) -> bool:
-    """Whether the problem is large enough that a faster kernel pays for tensor maps, which cost the host 20 us."""
-    work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
-    return work >= WORTHWHILE
+# The kernels compile with these (`make test-triton`, 2026-11-22) and have run on a GPU with the first.
+GLUON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:

@@ -45,7 +45,7 @@ from flash_attn.kernels.algebra.softmax import (  # noqa: E402
 )
 from flash_attn.kernels.algebra.span import Span, load_span  # noqa: E402
 from tests.compile import variants  # noqa: E402
-from tests.compile.budgets import budget  # noqa: E402
+from tests.compile.budgets import BUDGETED, budget  # noqa: E402
 from tests.compile.variants import Variant  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
 
@@ -120,7 +120,7 @@ def faults(variant: Variant, launch: Launch, shared_memory: int) -> list[str]:
     """What is wrong with one launch, in words."""
     report, found = launch.report, []
     allowed = budget(launch.kernel, variant.arch, variant.pad, _kind(variant))
-    if report.spill_bytes > allowed.spill_bytes:
+    if BUDGETED and report.spill_bytes > allowed.spill_bytes:
         found.append(f"spills {report.spill_bytes} bytes of {allowed.spill_bytes} ({allowed.reason})")
     if report.shared_memory > shared_memory:
         found.append(f"needs {report.shared_memory} bytes of shared memory of {shared_memory}")

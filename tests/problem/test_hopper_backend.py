@@ -36,7 +36,8 @@ def problem(**changes) -> AttentionProblem:
 
 
 needs_gluon = pytest.mark.skipif(
-    hopper.unsupported(problem(), HOPPER) is not None, reason="no release of Triton whose Gluon is known"
+    hopper.unsupported(problem(), HOPPER) is not None or hopper.left_to_others(problem()) is not None,
+    reason="not the release of Triton that the kernels have run with on a GPU",
 )
 
 
@@ -72,32 +73,47 @@ def test_refusals(hardware, changes, words):
     assert caught.value.reasons == {"hopper": reason}
 
 
-@pytest.mark.parametrize(
-    "release, known",
-    [
-        ("3.5.1", False),
-        ("3.6.0", True),
-        ("3.6.1+git1", True),
-        ("3.7.0", False),
-        ("3.9.2+git1", False),
-        ("3.10.0", False),
-        ("4.0.0", False),
-    ],
-)
-def test_unknown_releases_of_triton(release, known, monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=release))
-    hopper._unknown_release.cache_clear()
-    reason = hopper.unsupported(problem(), HOPPER)
-    hopper._unknown_release.cache_clear()
-    assert (reason is None) == known
-    assert known or reason == f"written for the Gluon of Triton 3.6; this is {release}"
+@pytest.fixture
+def triton_release(monkeypatch):
+    """A function that pretends another Triton; None is none at all."""
+
+    def pretend(release):
+        module = None if release is None else SimpleNamespace(__version__=release)
+        monkeypatch.setitem(sys.modules, "triton", module)
+        hopper._release.cache_clear()
+
+    yield pretend
+    hopper._release.cache_clear()
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    hopper._unknown_release.cache_clear()
+@pytest.mark.parametrize("release", ["3.5.1", "3.10.0", "4.0.0"])
+def test_unknown_releases_of_triton(release, triton_release):
+    triton_release(release)
+    major_minor = release.rpartition(".")[0]
+    words = f"written for the Gluon of Triton 3.6, 3.7, 3.8, 3.9; this is {major_minor}"
+    assert hopper.unsupported(problem(), HOPPER) == words
+
+
+@pytest.mark.parametrize("release", ["3.6.0", "3.6.1+git1"])
+def test_the_release_that_has_run_on_a_gpu(release, triton_release):
+    triton_release(release)
+    assert explain(problem(), HOPPER)["hopper"] == "runs it"
+
+
+@pytest.mark.parametrize("release", ["3.7.1", "3.9.2+git1"])
+def test_releases_that_have_only_compiled_the_kernels(release, triton_release):
+    """They are used where the backend is asked for by name."""
+    triton_release(release)
+    choose = backends.choose_backend.__wrapped__  # it keeps its answers, and a process has one Triton
+    assert choose(problem(), HOPPER, None).name == "portable"
+    assert choose(problem(), HOPPER, "hopper").name == "hopper"
+    verdict = explain(problem(), HOPPER)["hopper"]
+    assert verdict == f"could run it, but has run on a GPU with Triton 3.6 only; this is {release[:3]}"
+
+
+def test_without_triton(triton_release):
+    triton_release(None)
     reason = hopper.unsupported(problem(), HOPPER)
-    hopper._unknown_release.cache_clear()
     assert reason is not None and reason.startswith("Triton is not installed")
 
 
@@ -122,22 +138,23 @@ def test_what_it_serves(changes):
 def test_small_problems_are_left_to_the_portable_backend():
     """Unless the backend is asked for by name."""
     small = problem(batch_size=1, seqlen_q=256, seqlen_k=256, nheads=8)
-    assert not hopper.worthwhile(small) and hopper.worthwhile(problem())
+    assert hopper.left_to_others(small) is not None and hopper.left_to_others(problem()) is None
     assert select_backend(small, HOPPER).name == "portable"
     with use("hopper"):
         assert select_backend(small, HOPPER).name == "hopper"
     assert explain(small, HOPPER)["portable"] == "runs it"
-    assert explain(small, HOPPER)["hopper"].startswith("could run it")
+    assert explain(small, HOPPER)["hopper"] == f"could run it, but {hopper.left_to_others(small)}"
 
 
-def test_worthwhile_is_a_matter_of_work():
+@needs_gluon
+def test_small_is_a_matter_of_work():
     """Queries * keys * heads * head dim * sequences; the threshold itself is enough."""
     edge = problem(batch_size=1, seqlen_q=1024, seqlen_k=1024, nheads=16, headdim=128)
-    assert hopper.worthwhile(edge)
+    assert hopper.left_to_others(edge) is None
     for field in ("seqlen_q", "seqlen_k", "nheads", "headdim"):
-        assert not hopper.worthwhile(edge._replace(**{field: getattr(edge, field) // 2}))
+        assert hopper.left_to_others(edge._replace(**{field: getattr(edge, field) // 2})) is not None
         half = edge._replace(**{field: getattr(edge, field) // 2}, batch_size=2)
-        assert hopper.worthwhile(half)
+        assert hopper.left_to_others(half) is None
 
 
 @needs_gluon

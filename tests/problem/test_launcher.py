@@ -58,7 +58,7 @@ def test_first_launch_is_dispatched_and_later_ones_are_direct(recorder):
     launch(x, None)
     (grid, arguments, options), *more = recorder.dispatched
     assert grid == (3,) and isinstance(arguments[0], Pair) and arguments[0].ptr is x and arguments[1:] == (None, 5)
-    assert options == {"BLOCK": 64, "num_warps": 4} and not more and not recorder.direct
+    assert options == {"BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True} and not more and not recorder.direct
     launch(y, x)
     addresses = y.data_ptr(), x.data_ptr()
     wanted = (3, 1, 1, "stream", "function", "metadata", None, None, None, (addresses[0], 7), addresses[1], 5, 64)

@@ -44,6 +44,7 @@ from flash_attn.kernels.hopper.pipeline import (
     mbarrier,
     product,
     row_coordinates,
+    start_store,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -189,7 +190,7 @@ def store_gradient(descriptor, buffer, gradient, first_key, span, batch, head_k,
     buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]).store(gradient.to(buffer.dtype))
     fence_async_shared()
     coordinates = row_coordinates(span.start_k, span.seqlen_k, first_key, batch, head_k, PACKED)
-    tma.async_copy_shared_to_global(descriptor, coordinates, buffer)
+    start_store(descriptor, coordinates, buffer)
 
 
 @gluon.jit

@@ -39,6 +39,7 @@ from flash_attn.kernels.hopper.pipeline import (
     mbarrier,
     product,
     row_coordinates,
+    start_store,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -190,7 +191,7 @@ def dq_partition(
         )
         fence_async_shared()
         coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
-        tma.async_copy_shared_to_global(dq_desc, coordinates, q_ring.buffers.index(q_index))
+        start_store(dq_desc, coordinates, q_ring.buffers.index(q_index))
         tma.store_wait(0)
         mbarrier.arrive(q_ring.empty.index(q_index), count=1)
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)

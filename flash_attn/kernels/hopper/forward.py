@@ -41,6 +41,7 @@ from flash_attn.kernels.hopper.pipeline import (
     mbarrier,
     partial_layout,
     row_coordinates,
+    start_store,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -211,7 +212,7 @@ def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, sp
     buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]).store(out.to(buffer.dtype))
     fence_async_shared()
     coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
-    tma.async_copy_shared_to_global(o_desc, coordinates, buffer)
+    start_store(o_desc, coordinates, buffer)
     row_layout: gl.constexpr = lse.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
     base = (

@@ -18,6 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 __all__ = ["fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait"]
 
+# copies through a tensor map, renamed after Triton 3.7
+start_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+start_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
 WARPGROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup's tensor-core product
 RAGGED_ORIGIN = gl.constexpr(1 << 30)
 
@@ -74,7 +78,7 @@ def row_coordinates(span_start, seqlen, first, batch, head, PACKED: gl.constexpr
 def load_tile(descriptor, coordinates, barrier, buffer):
     """Start the copy of one tile; `barrier` completes when its bytes have landed. Parts outside the tensor are zero."""
     mbarrier.expect(barrier, descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, coordinates, barrier, buffer)
+    start_load(descriptor, coordinates, barrier, buffer)
 
 
 @gluon.jit
