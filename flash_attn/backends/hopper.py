@@ -15,6 +15,7 @@ from flash_attn.backends.fixed_arguments import empty_results, fixed_arguments, 
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
+from flash_attn.launch.decode import few_queries
 from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward_config
 from flash_attn.problem import AttentionProblem
 
@@ -49,6 +50,8 @@ def left_to_others(problem: AttentionProblem) -> str | None:
     """Why the automatic choice passes the backend over for a problem that it can run, or None."""
     if _release() != GLUON_RELEASES[0]:
         return f"has run on a GPU with Triton {GLUON_RELEASES[0]} only; this is {_release()}"
+    if few_queries(problem):
+        return "splits no keys, which so few queries need"
     work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
     return "tensor maps cost the host 20 us, too much for a problem so small" if work < WORTHWHILE else None
 

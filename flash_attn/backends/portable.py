@@ -27,6 +27,7 @@ from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, on_device
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
+from flash_attn.launch.decode import few_queries, keys_per_split
 from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, pipeline_stages, worth_descriptors
 from flash_attn.problem import AttentionProblem
 
@@ -72,7 +73,16 @@ def _interpreting() -> bool:
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
-    """One launch; a second one for the dropout scores when asked for."""
+    """One launch; a second one for the dropout scores when asked for, or to merge splits where queries are few."""
+    if few_queries(problem) and keys_per_split() is None:
+        from flash_attn.backends import portable_cache
+
+        return portable_cache.attend_few_queries(problem, operands)
+    return launch_forward(problem, operands, return_scores)
+
+
+def launch_forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
+    """The forward kernel, whatever the number of queries."""
     q = operands.q
     memo = {} if operands.memo is None else operands.memo
     out, softmax_lse = empty_results(operands, memo)

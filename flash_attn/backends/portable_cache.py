@@ -1,4 +1,4 @@
-"""Launches the cache's kernels: append, decode with its merge, and the forward kernel where the queries are many.
+"""Launches the kernels of a cache and of few queries: append, decode with its merge; the forward kernel for many queries.
 
 As in `portable`, a launch is bound once for its shapes and reused. Grids and splits follow from shapes alone.
 """
@@ -62,8 +62,17 @@ def _attend_cache(
         memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
     plan = memo["decode"]
     if plan is None:
-        return portable.forward(problem, operands._replace(q=q))
+        return portable.launch_forward(problem, operands._replace(q=q))
     return decode(q, operands, plan)
+
+
+def attend_few_queries(problem: AttentionProblem, operands: Operands) -> ForwardResult:
+    """The decode kernel over dense, packed or paged keys, for what `few_queries` says yes to."""
+    memo = {} if operands.memo is None else operands.memo
+    plan = memo.get("few_queries")
+    if plan is None:
+        plan = memo["few_queries"] = share_out(problem, operands, 0)
+    return on_device(operands.q.device, decode, operands.q, operands, plan)
 
 
 def append_tokens(operands: Operands, append: Append, memo: dict[str, Any]) -> Tensor:
@@ -135,19 +144,31 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
 
 def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode | None:
     """The launches of the decode kernel, or None where the forward kernel suits the queries better."""
-    q, k = operands.q, operands.k
-    hardware = portable.hardware_of(q.device)
-    batch_size, seqlen_q, nheads, _ = q.shape
-    packed_rows = seqlen_q * (nheads // k.shape[2])
-    per_split = keys_per_split()
+    hardware = portable.hardware_of(operands.q.device)
+    batch_size, seqlen_q, nheads, _ = operands.q.shape
     forward_rows = forward_config(problem, hardware, False).block_m
     forward_programs = math.ceil(seqlen_q / forward_rows) * batch_size * nheads
-    if per_split is not None:
+    if keys_per_split() is not None:
         num_splits = 0
-    if not prefers_decode(packed_rows, forward_programs, num_splits, hardware):
+    if not prefers_decode(seqlen_q * group_size(operands), forward_programs, num_splits, hardware):
         return None
+    return share_out(problem, operands, num_splits)
+
+
+def group_size(operands: Operands) -> int:
+    """Query heads of one key head."""
+    return operands.q.shape[-2] // operands.k.shape[-2]
+
+
+def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode:
+    """The launches for tensors like these; `num_splits` 0 leaves the choice."""
+    hardware = portable.hardware_of(operands.q.device)
     config = decode_config(problem, hardware)
-    num_tiles = math.ceil(packed_rows / block_m(packed_rows)) * batch_size * k.shape[2]
+    per_split = keys_per_split()
+    packed_rows = operands.max_seqlen_q * group_size(operands)
+    num_tiles = (
+        math.ceil(packed_rows / block_m(packed_rows)) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
+    )
     num_keys = visible_keys(operands)
     fixed_blocks = None
     if per_split is not None:
@@ -182,17 +203,17 @@ def bind_decode(
 
     q = operands.q
     config = decode_config(problem, hardware)
-    fixed = fixed_arguments(operands)
-    group = q.shape[2] // operands.k.shape[2]
-    scale, softcap, score_rest = fixed.scale, fixed.softcap, fixed.score_rest
+    group = group_size(operands)
+    _, scale, softcap, score_rest, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
     q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))
     out_strides = result_strides(q)
     *pages, whole = page_numbers(operands, config.block_n)
     num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
     # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
     parts = num_splits > 1 or fixed_blocks is not None
-    lengths = (operands.max_seqlen_q, operands.max_seqlen_k, operands.appended or None, *operands.window)
-    numbers = (*lengths, operands.k.shape[2], num_splits, fixed_blocks, *pages)
+    total_q = total_q if q.dim() == 3 else None
+    lengths = (seqlen_q, total_q, capacity, operands.appended or None, *operands.window)
+    numbers = (*lengths, operands.k.shape[-2], num_splits, fixed_blocks, *pages)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -204,7 +225,9 @@ def bind_decode(
             p[5],
             p[6],
             p[7],
-            (scale, softcap, p[8], *score_rest[:-1], None if parts else p[9]),
+            p[8],
+            p[9],
+            (scale, softcap, p[10], *score_rest[:-1], None if parts else p[11]),
             *numbers,
         )
 
@@ -220,12 +243,12 @@ def bind_decode(
         "PRECISION": "ieee",
         "STAGES": num_stages,
     }
-    kinds = (*[arguments.Tensor] * 4, None, None, None, None, arguments.Score)
+    kinds = (*[arguments.Tensor] * 4, *[None] * 6, arguments.Score)
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
-    lse_like = template((q.shape[0], q.shape[2], q.shape[1]), q.device)
-    return Decode(split, lse_like, bind_merge(q, num_splits) if parts else None)
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return Decode(split, template(lse_shape, q.device), bind_merge(operands, num_splits) if parts else None)
 
 
 def result_strides(q: Tensor) -> tuple[int, int, int]:
@@ -233,16 +256,19 @@ def result_strides(q: Tensor) -> tuple[int, int, int]:
     return strides(torch.empty_like(q, device="meta"))
 
 
-def bind_merge(q: Tensor, num_splits: int) -> Merge:
+def bind_merge(operands: Operands, num_splits: int) -> Merge:
     """The launch that merges the parts of queries like these."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.decode import attn_decode_merge_kernel
 
-    batch_size, seqlen_q, nheads, headdim = q.shape
+    q = operands.q
+    *_, nheads, headdim = q.shape
+    batch_size, seqlen_q = fixed_arguments(operands).batch_size, operands.max_seqlen_q
+    total_q = q.shape[0] if q.dim() == 3 else None
     out_strides = result_strides(q)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
-        return p[0], p[1], (p[2], *out_strides), p[3], p[4], seqlen_q, nheads, num_splits
+        return p[0], p[1], (p[2], *out_strides), p[3], p[4], p[5], seqlen_q, total_q, nheads, num_splits
 
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
     kinds = (None, None, arguments.Tensor, None)
@@ -255,6 +281,9 @@ def bind_merge(q: Tensor, num_splits: int) -> Merge:
 def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
     """One launch, or with splits two; q stands for that of the operands."""
     out, softmax_lse = torch.empty_like(q), torch.empty_like(plan.lse_like)
+    if operands.zero_tensors:
+        out.zero_()
+        softmax_lse.fill_(-math.inf)
     part_out, part_lse = out, softmax_lse
     if plan.merge is not None:
         part_out, part_lse = torch.empty_like(plan.merge.out_like), torch.empty_like(plan.merge.lse_like)
@@ -264,6 +293,8 @@ def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
         operands.v,
         part_out,
         part_lse,
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_k,
         operands.seqused_k,
         operands.leftpad_k,
         operands.block_table,
@@ -271,5 +302,5 @@ def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
         operands.sinks,
     )
     if plan.merge is not None:
-        plan.merge.launch(part_out, part_lse, out, softmax_lse, operands.sinks)
+        plan.merge.launch(part_out, part_lse, out, softmax_lse, operands.cu_seqlens_q, operands.sinks)
     return ForwardResult(out, softmax_lse)

@@ -42,6 +42,20 @@ def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
     return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
 
 
+def few_queries(problem: AttentionProblem) -> bool:
+    """Whether the decode kernel suits a forward: one tile holds the queries of a key head, and many keys wait for them.
+
+    The forward kernel would read those keys in one program for each query head.
+    """
+    packed_rows = problem.seqlen_q * (problem.nheads // max(1, problem.nheads_k))
+    many = max(MANY_KEYS, KEYS_PER_QUERY * problem.seqlen_q)
+    return 0 < packed_rows <= MAX_PACKED_ROWS and problem.seqlen_k >= many and not problem.dropout
+
+
+MANY_KEYS = 256  # with fewer the forward kernel ends before a second launch could begin
+KEYS_PER_QUERY = 16
+
+
 def keys_per_split() -> int | None:
     """The fixed number of keys of a split where batch invariance was asked for, otherwise None."""
     return pinned_config("keys_per_split")

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 from flash_attn.backends import portable  # noqa: E402
 from flash_attn.backends.base import Append, Operands  # noqa: E402
 from flash_attn.backends.launcher import Launcher  # noqa: E402
+from flash_attn.problem import describe  # noqa: E402
 from flash_attn.problem_kvcache import CacheTensors, describe_cache  # noqa: E402
 from tests.compile.budgets import BUDGETED, cache_budget  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
@@ -128,6 +129,37 @@ VARIANTS = [
     Variant("gfx90a", 128),
     Variant("gfx950", 128),
 ]  # fmt: skip
+
+
+def launch_few_queries(arch: str, headdim: int, page: int, batch_size: int, longest: int) -> None:
+    """A decoding step of packed queries over packed keys, or with `page` over pages."""
+    tokens = (batch_size * longest // page, page) if page else (batch_size * longest,)
+    q = _meta(batch_size, 32, headdim, dtype=torch.bfloat16)
+    k = _meta(*tokens, 8, headdim, dtype=torch.bfloat16)
+    ends = _meta(batch_size + 1, dtype=torch.int32)
+    table = _meta(batch_size, longest // page, dtype=torch.int32) if page else None
+    optional = dict(cu_seqlens_q=ends, cu_seqlens_k=ends, block_table=table)
+    words = dict(max_seqlen_q=1, max_seqlen_k=longest)
+    problem, *lengths = describe(q, k, k, 0.0, 0.1, True, -1, -1, 0.0, **optional, **words)
+    operands = Operands(q, k, k, 0.1, *lengths, problem.window, 0.0, **optional)
+    with mock.patch.object(portable, "hardware_of", lambda device: ARCHITECTURES[arch].hardware):
+        portable.forward(problem, operands)
+
+
+@pytest.mark.parametrize(
+    "arch, headdim", [*(("sm_90", d) for d in (40, 64, 128, 256)), ("sm_80", 128), ("gfx942", 128)]
+)
+@pytest.mark.parametrize("page", [0, 16])
+def test_few_queries(page, headdim, arch, tmp_path):
+    """One step with and one without splits."""
+    with compiling_for(arch, str(tmp_path)) as launches:
+        launch_few_queries(arch, headdim, page, batch_size=1, longest=8192)
+        launch_few_queries(arch, headdim, page, batch_size=512, longest=256)
+    assert [each.kernel for each in launches] == [
+        "attn_decode_split_kernel", "attn_decode_merge_kernel", "attn_decode_split_kernel"
+    ]  # fmt: skip
+    variant = Variant(arch, headdim, page=page)
+    assert not [fault for each in launches for fault in faults(variant, each)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

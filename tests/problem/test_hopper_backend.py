@@ -147,6 +147,15 @@ def test_small_problems_are_left_to_the_portable_backend():
 
 
 @needs_gluon
+def test_few_queries_are_left_to_the_portable_backend():
+    """A decoding step of a large batch, whose keys must be shared out."""
+    step = problem(batch_size=64, seqlen_q=1, seqlen_k=32768, nheads=32, nheads_k=8)
+    assert explain(step, HOPPER)["portable"] == "runs it"
+    assert explain(step, HOPPER)["hopper"] == "could run it, but splits no keys, which so few queries need"
+    assert explain(step._replace(seqlen_q=64), HOPPER)["hopper"] == "runs it"
+
+
+@needs_gluon
 def test_small_is_a_matter_of_work():
     """Queries * keys * heads * head dim * sequences; the threshold itself is enough."""
     edge = problem(batch_size=1, seqlen_q=1024, seqlen_k=1024, nheads=16, headdim=128)

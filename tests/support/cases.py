@@ -61,6 +61,12 @@ LENGTHS = {
     ],
 }
 
+FEW_QUERIES = {
+    "one": [((1, 1), (300, 300)), ((1,), (2049,)), ((1, 1, 1), (256, 256, 256))],
+    "several": [((3,), (509,)), ((5, 5), (384, 384)), ((7,), (1000,))],
+    "varlen": [((1, 1, 1), (300, 1, 65)), ((2, 0, 3), (500, 40, 0)), ((1, 5, 4), (129, 257, 1030)), ((1, 0), (777, 9))],
+}
+
 AXES = {
     "dtype": {"bf16": BF16, "fp16": FP16, "fp32": FP32},
     "headdim": {f"d{d}": d for d in (64, 128, 16, 40, 59, 80, 96, 111, 160, 192, 256)},
@@ -111,17 +117,17 @@ def _preference(missing: dict, used: dict, row: dict, axis: str, value: str) -> 
     return -sum((item, new) in missing or (new, item) in missing for item in row.items()), used[new]
 
 
-def _pairwise_cases() -> list[Case]:
-    turns = {name: cycle(members) for name, members in LENGTHS.items()}
+def _pairwise_cases(lengths: dict[str, list], axes: dict[str, dict]) -> list[Case]:
+    turns = {name: cycle(members) for name, members in lengths.items()}
     cases = []
-    for number, row in enumerate(pairwise({axis: list(values) for axis, values in AXES.items()})):
-        value = {axis: AXES[axis][row[axis]] for axis in AXES}
+    for number, row in enumerate(pairwise({axis: list(values) for axis, values in axes.items()})):
+        value = {axis: axes[axis][row[axis]] for axis in axes}
         nheads, nheads_k = value["heads"]
         window, causal = value["mask"]
         seqlens_q, seqlens_k = next(turns[value["lengths"]])
         cases.append(
             Case(
-                name="-".join(filter(None, (f"{number:02}", *(row[axis] for axis in AXES)))),
+                name="-".join(filter(None, (f"{number:02}", *(row[axis] for axis in axes)))),
                 dtype=value["dtype"],
                 headdim=value["headdim"],
                 nheads=nheads,
@@ -157,7 +163,8 @@ REGRESSIONS = [
     Case("three-blocks-and-one", FP16, 64, 1, 1, (385,), (385,), causal=True),
 ]
 
-CASES = _pairwise_cases() + REGRESSIONS
+CASES = _pairwise_cases(LENGTHS, AXES) + REGRESSIONS
+FEW_QUERIES_CASES = _pairwise_cases(FEW_QUERIES, AXES | {"lengths": {x: x for x in FEW_QUERIES}, "dropout": {"": 0.0}})
 
 # At most three blocks of 16 to 32 tokens a side and few programs: about 1 s each. Interpreted bf16 dots are wrong.
 SMALL_CASES = [
@@ -187,5 +194,14 @@ def with_sinks(cases: list) -> list:
         replace(case, name=f"sink-{case.name}", sink=dtype) for case, dtype in zip(cases, cycle((FP32, BF16, FP16)))
     ]
 
+
+SMALL_FEW_QUERIES_CASES = [
+    Case("few-one", FP16, 32, 4, 2, (1,), (100,), causal=True),
+    Case("few-one-fp32", FP32, 40, 2, 2, (1, 1), (64, 64), strides="packed"),
+    Case("few-band", FP32, 16, 3, 1, (5,), (70,), window=(40, 3), strides="transposed"),
+    Case("few-scores", FP16, 24, 4, 2, (3,), (49,), causal=True, softcap=2.0, alibi="h"),
+    Case("few-packed", FP16, 32, 2, 1, (1, 0, 3), (90, 20, 33), "varlen", causal=True),
+    Case("few-packed-all", FP32, 40, 4, 2, (2, 5, 1), (17, 70, 0), "varlen", (30, 2), False, 3.0, "bh", sink=FP32),
+]
 
 SINK_CASES, SMALL_SINK_CASES = with_sinks(CASES), with_sinks(SMALL_CASES)
