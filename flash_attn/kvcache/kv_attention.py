@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, launch
-from flash_attn.errors import InvalidArgument
+from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.kvcache.operator import _wrapped_flash_attn_with_kvcache
 from flash_attn.problem import parse_window
 from flash_attn.problem_kvcache import CacheTensors
@@ -45,6 +46,10 @@ def attend_with_cache(
     """(out, softmax_lse) of `flash_attn_with_kvcache`; an int `cache_seqlens` means every sequence."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] > 0 else 1.0
+    if torch._C._are_functorch_transforms_active() and any(map(is_functorch_wrapped_tensor, (q, k_cache, v_cache))):
+        raise UnsupportedProblem(
+            "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
+        )
     left, right = parse_window(window_size)
     numbers = (float(softmax_scale), bool(causal), left, right, float(softcap), bool(rotary_interleaved))
     listens = observed(q)
