@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._C._functorch import (
+    get_dynamic_layer_stack_depth,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 
 from flash_attn import dispatch, torch_ops
@@ -26,6 +31,15 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, dispatch.Plan | No
 TANGENTS = (
     "forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad): the kernels compute gradients "
     "alone; use torch.func.vjp or jacrev, or plain PyTorch such as flash_attn.reference"
+)
+
+COMPILED_RANDOMNESS = (
+    "dropout of attention inside a transform of torch.func inside torch.compile, where vmap's randomness is not known: leave "
+    "that part to eager execution, which fullgraph=False does by itself"
+)
+NESTED = (
+    "attention inside more than one transform of torch.func inside torch.compile: leave that part to eager execution, which "
+    "fullgraph=False does by itself"
 )
 
 
@@ -78,6 +92,8 @@ def make_words(
     max_seqlen_k: int | None = None,
 ) -> Words:
     """The options as plain numbers: callers also pass one-element tensors."""
+    if dropout_p > 0.0 and torch.compiler.is_compiling() and get_dynamic_layer_stack_depth() > 0:
+        raise NotImplementedError(COMPILED_RANDOMNESS)
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
     return Words(
@@ -99,8 +115,10 @@ def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
+        if get_dynamic_layer_stack_depth() > 1:  # the compiler takes an outer derivative for zero
+            raise NotImplementedError(NESTED)
         arguments = _distinct(arguments)
-    elif forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         refuse_tangents(arguments)
     if not torch.is_grad_enabled():
         return function.forward(None, *arguments, False)

@@ -540,3 +540,34 @@ def test_compiled_and_traced(form, device, seed, unpoisoned):
     traced = torch.fx.experimental.proxy_tensor.make_fx(grad(loss))(qkv)
     calls.assert_near(traced(-qkv), eager(loss, -qkv)[1], roundoffs=16.0)
     assert "torch.ops.flash_attn" in traced.code
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "transform, reason",
+    [
+        (lambda loss: vmap(grad(loss)), "more than one transform"),
+        (lambda loss: grad(lambda x: vmap(loss)(x).sum()), "more than one transform"),
+        (lambda loss: grad(lambda x: grad(lambda y: loss(y[0]))(x).square().sum()), "more than one transform"),
+        (lambda loss: vmap(lambda x: loss(x, dropout_p=0.3)), "vmap's randomness is not known"),
+    ],
+    ids=["per sample", "total", "twice", "dropout"],
+)
+def test_what_the_compiler_would_get_wrong_it_leaves_to_eager_execution(transform, reason, device, seed, unpoisoned):
+    """Silent zeros and unasked masks otherwise; after the graph break the transforms are eager, and do or refuse it."""
+    mapped = qkv_of("dense", device, seed, (N,))
+
+    def loss(qkv, **words):
+        return FORMS["dense"](qkv, causal=True, **words).square().sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=reason):
+        torch.compile(transform(loss), fullgraph=True, backend="aot_eager")(mapped)
+    broken = torch.compile(transform(loss), backend="aot_eager")
+    try:
+        wanted = transform(loss)(mapped)
+    except UnsupportedProblem as error:
+        with pytest.raises(UnsupportedProblem) as caught:
+            broken(mapped)
+        assert str(caught.value) == str(error)
+    else:
+        calls.assert_near(broken(mapped), wanted, roundoffs=16.0)
