@@ -31,11 +31,12 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def observed(x: Tensor) -> bool:
-    """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
+    """Whether operators must be visible: to the compiler, to a dispatch mode, to a tensor subclass, on the device "meta"."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
     )
 
 
