@@ -46,10 +46,6 @@ def attend_with_cache(
     """(out, softmax_lse) of `flash_attn_with_kvcache`; an int `cache_seqlens` means every sequence."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] > 0 else 1.0
-    if torch._C._are_functorch_transforms_active() and any(map(is_functorch_wrapped_tensor, (q, k_cache, v_cache))):
-        raise UnsupportedProblem(
-            "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
-        )
     left, right = parse_window(window_size)
     numbers = (float(softmax_scale), bool(causal), left, right, float(softcap), bool(rotary_interleaved))
     listens = observed(q)
@@ -64,11 +60,23 @@ def attend_with_cache(
         k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks
     )
     if not listens:
-        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        try:
+            return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        except RuntimeError as error:
+            _refuse_transforms((q, k_cache, v_cache, *tensors), error)
+            raise
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     *arrays, slopes, sinks = (None if x is None else x.detach() for x in tensors)
     return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits, sinks)
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...], error: RuntimeError) -> None:
+    """Say what an error comes from where it comes from tensors of torch.func, which have no memory of their own."""
+    if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
+        raise UnsupportedProblem(
+            "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, grad_and_value, jacrev, stack_modu
 import flash_attn
 from flash_attn import backends, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, reference
 from flash_attn.backward import flash_attn_func_with_grad
+from flash_attn.backward.autograd_functions import FlashAttnFunc
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.modules.mha import MHA
 from tests.support import calls
@@ -500,6 +501,26 @@ def test_what_is_not_computed_says_so(device, seed):
     ):
         with pytest.raises(UnsupportedProblem, match=reason):
             call()
+
+
+def test_the_classes_themselves_are_refused(seed):
+    """torch.func takes classes with a setup_context, which costs every eager call host time."""
+    q = randn(B, S, H, D, device="cpu", seed=seed)
+    options = (0.0, None, False, (-1, -1), 0.0, None, False, False)
+    with pytest.raises(RuntimeError, match="must override the setup_context"):
+        grad(lambda q: FlashAttnFunc.apply(q, q, q, *options).sum())(q)
+
+
+@everywhere
+def test_gradients_that_are_switched_off(device, seed):
+    qkv = qkv_of("dense", device, seed)
+
+    def loss(qkv):
+        with torch.no_grad():
+            constant = FORMS["dense"](qkv)
+        return (constant * FORMS["dense"](qkv)).sum()
+
+    calls.assert_equal(grad(loss)(qkv), eager(loss, qkv)[1])
 
 
 @everywhere
