@@ -51,11 +51,10 @@ def attend(
 ) -> call.Results:
     """`call.attend`, to be transformed."""
     _refuse_functionalize()
-    operands = (q, k, v, sinks)
+    operands = (q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     if words.dropout_p > 0.0:
         _check_randomness(operands)
-    lengths = (cu_seqlens_q, cu_seqlens_k, block_table)
-    return *Attention.apply(*operands, alibi_slopes, *lengths, words, return_softmax), None
+    return *Attention.apply(*operands, words, return_softmax), None
 
 
 class Attention(torch.autograd.Function):

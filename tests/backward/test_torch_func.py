@@ -411,6 +411,9 @@ def test_randomness_must_say_what_dropout_does(device, seed):
     weights = torch.ones(N, device=device)
     with pytest.raises(UnsupportedProblem, match="randomness='different' and no mapped operand"):
         vmap(lambda w: w * loss(qkv), randomness="different")(weights)
+    slopes = torch.rand(N, H, device=device)
+    with pytest.raises(UnsupportedProblem, match="randomness='same' and a mapped operand"):
+        vmap(lambda s: FORMS["dense"](qkv, dropout_p=0.3, alibi_slopes=s), randomness="same")(slopes)
     shared = seeded(vmap(lambda w: w * loss(qkv), randomness="same"), weights)
     calls.assert_equal(shared, eager(loss, qkv)[0].expand(N))
 
