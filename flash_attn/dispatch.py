@@ -75,6 +75,11 @@ def _traits(x: Tensor) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
 
+def current_scope() -> Scope:
+    """What is in force where this is called."""
+    return requested_backend(), launch.pins()
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -152,12 +157,13 @@ def backward(
     max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     dlse: Tensor | None = None,
+    scope: Scope | None = None,
 ) -> Tensor:
     """Writes dq, dk, dv; returns delta = rowsum(dout * out) - dlse, fp32, shaped like softmax_lse."""
     tensors = (q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
-    scope = (requested_backend(), launch.pins())
+    scope = scope or current_scope()
     traits = [None if x is None else _traits(x) for x in (*tensors, dout, dlse, dq, dk, dv)]
     key = (*traits, options, deterministic, scope)
     plan = _plans.get(key)

@@ -3,6 +3,7 @@
 Names, argument order and results are upstream's, which downstream code imports and introspects.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from flash_attn.dispatch import backward, contiguous_last, empty_gradient, forward
 
 ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask and softmax_d up to this
+# Dropout draws: a compiler that repeats a call (activation checkpoints) must repeat its numbers. Older torch takes no tags.
+RANDOM: dict[str, Any] = (
+    {"tags": (torch.Tag.nondeterministic_seeded,)}
+    if "tags" in inspect.signature(torch.library.custom_op).parameters
+    else {}
+)
 
 
 def round_multiple(x: int, m: int) -> int:
@@ -24,15 +31,16 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def observed(x: Tensor) -> bool:
-    """Whether operators must be visible: to the compiler, to a dispatch mode or to a tensor subclass."""
+    """Whether operators must be visible: to the compiler, to a dispatch mode, to a tensor subclass, on the device "meta"."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
     )
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), **RANDOM)
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -86,7 +94,7 @@ def _flash_attn_forward_fake(
     )
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=(), **RANDOM)
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,

@@ -44,7 +44,7 @@ class FlashAttnFunc(torch.autograd.Function):
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
         dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
-        differentiate(ctx, saved, dout, dlse, dq, dk, dv)
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, dq, dk, dv)
         return dq, dk, dv, *(None,) * 9
 
 
@@ -78,7 +78,7 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
         saved = ctx.saved_tensors
         q = saved[0]
         dqkv = q.new_empty((q.shape[0], q.shape[1], 3, q.shape[2], q.shape[3]))
-        differentiate(ctx, saved, dout, dlse, *dqkv.unbind(2))
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, *dqkv.unbind(2))
         return dqkv, *(None,) * 9
 
 
@@ -114,7 +114,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         q, k = saved[:2]
         dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], k.shape[1], 2, k.shape[2], k.shape[3]))
-        differentiate(ctx, saved, dout, dlse, dq, *dkv.unbind(2))
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, dq, *dkv.unbind(2))
         return dq, dkv, *(None,) * 9
 
 
@@ -164,7 +164,7 @@ class FlashAttnVarlenFunc(torch.autograd.Function):
         saved = ctx.saved_tensors
         q, k, v = saved[:3]
         dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
-        differentiate(ctx, saved, dout, dlse, dq, dk, dv)
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, dq, dk, dv)
         return dq, dk, dv, *(None,) * 14
 
 
@@ -202,7 +202,7 @@ class FlashAttnVarlenQKVPackedFunc(torch.autograd.Function):
         saved = ctx.saved_tensors
         q = saved[0]
         dqkv = q.new_empty((q.shape[0], 3, q.shape[1], q.shape[2]))
-        differentiate(ctx, saved, dout, dlse, *dqkv.unbind(1))
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, *dqkv.unbind(1))
         return dqkv, *(None,) * 11
 
 
@@ -252,7 +252,7 @@ class FlashAttnVarlenKVPackedFunc(torch.autograd.Function):
         q, k = saved[:2]
         dq = empty_gradient(q)
         dkv = k.new_empty((k.shape[0], 2, k.shape[1], k.shape[2]))
-        differentiate(ctx, saved, dout, dlse, dq, *dkv.unbind(1))
+        differentiate(ctx.words, ctx.plan, saved, dout, dlse, dq, *dkv.unbind(1))
         return dq, dkv, *(None,) * 13
 
 

@@ -1,7 +1,8 @@
 """What every autograd class shares: one forward, one backward, and what passes between them.
 
 While something listens to operators (torch.compile, a dispatch mode), calls go through the registered operator; otherwise
-straight to its implementation, which saves the dispatcher's host time.
+straight to its implementation, which saves the dispatcher's host time. Under a transform of torch.func they go through
+`transforms`.
 """
 
 import functools
@@ -10,7 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    get_dynamic_layer_stack_depth,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
+from torch.autograd import forward_ad
 
 from flash_attn import dispatch, torch_ops
 from flash_attn.backward import operators
@@ -20,6 +27,20 @@ from flash_attn.sinks import sink_gradient
 
 # (out, softmax_lse, S_dmask, rng_state, plan); the plan is known to direct calls only
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, dispatch.Plan | None]
+
+TANGENTS = (
+    "forward-mode derivatives (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad): the kernels compute gradients "
+    "alone; use torch.func.vjp or jacrev, or plain PyTorch such as flash_attn.reference"
+)
+
+COMPILED_RANDOMNESS = (
+    "dropout of attention inside a transform of torch.func inside torch.compile, where vmap's randomness is not known: leave "
+    "that part to eager execution, which fullgraph=False does by itself"
+)
+NESTED = (
+    "attention inside more than one transform of torch.func inside torch.compile: leave that part to eager execution, which "
+    "fullgraph=False does by itself"
+)
 
 
 class Words(NamedTuple):
@@ -41,9 +62,22 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def choose(ctx: Any, *gradients: Any) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        try:
+            return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        except RuntimeError as error:
+            _refuse_batched(gradients, error)
+            raise
 
     return choose
+
+
+def _refuse_batched(gradients: tuple[Tensor | None, ...], error: RuntimeError) -> None:
+    """Say what an error comes from where it comes from gradients without memory of their own."""
+    if any(x is not None and (is_batchedtensor(x) or is_legacy_batchedtensor(x)) for x in gradients):
+        raise UnsupportedProblem(
+            "several gradients at once (is_grads_batched, vectorize=True, vmap) from a graph built without torch.func: take "
+            "them one by one, or use torch.func.jacrev, or torch.func.vmap over the function that torch.func.vjp returns"
+        ) from error
 
 
 def make_words(
@@ -58,8 +92,8 @@ def make_words(
     max_seqlen_k: int | None = None,
 ) -> Words:
     """The options as plain numbers: callers also pass one-element tensors."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise UnsupportedProblem("torch.func.vmap and jvp of attention: put the mapped dimension into the batch")
+    if dropout_p > 0.0 and torch.compiler.is_compiling() and get_dynamic_layer_stack_depth() > 0:
+        raise NotImplementedError(COMPILED_RANDOMNESS)
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
     return Words(
@@ -75,19 +109,34 @@ def make_words(
 
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time."""
+    """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time.
+
+    Under a transform of torch.func the forward's own steps are what is transformed.
+    """
     compiling = torch.compiler.is_compiling()
     if compiling:
+        if get_dynamic_layer_stack_depth() > 1:  # the compiler takes an outer derivative for zero
+            raise NotImplementedError(NESTED)
         arguments = _distinct(arguments)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(arguments)
     if not torch.is_grad_enabled():
         return function.forward(None, *arguments, False)
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     if not any(x.requires_grad for x in tensors):
         return function.forward(None, *arguments, False)
-    if compiling or torch._C._are_functorch_transforms_active() or any(map(is_functorch_wrapped_tensor, tensors)):
+    if torch._C._are_functorch_transforms_active() and not compiling:
+        return function.forward(None, *arguments, False)
+    if compiling or any(map(is_functorch_wrapped_tensor, tensors)):
         return function.apply(*arguments, True)
     # what Function.apply comes to where no argument is torch.func's; its own search costs several times this one
     return super(torch.autograd.Function, function).apply(*arguments, True)  # type: ignore[misc]
+
+
+def refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    """Kernels would drop them without a word."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments):
+        raise UnsupportedProblem(TANGENTS)
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -116,6 +165,11 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Results:
     """One forward."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        from flash_attn.backward import transforms
+
+        batch = (cu_seqlens_q, cu_seqlens_k, block_table)
+        return transforms.attend(q, k, v, words, alibi_slopes, return_softmax, *batch, sinks)
     left, right = words.window_size
     numbers = (
         words.dropout_p,
@@ -149,7 +203,8 @@ def attend(
 
 
 def differentiate(
-    ctx: Any,
+    words: Words,
+    plan: dispatch.Plan | None,
     saved: tuple[Any, ...],
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -157,18 +212,18 @@ def differentiate(
     dk: Tensor,
     dv: Tensor,
     sinks: Tensor | None = None,
+    scope: dispatch.Scope | None = None,
 ) -> Tensor | None:
     """Writes the gradients of the call whose `save` kept these tensors, and returns that of the sinks.
 
-    An absent gradient of a result is 0.
+    An absent gradient of a result is 0. `scope` is the forward's, where its plan is not known.
     """
-    words: Words = ctx.words
     q, k, v, out, softmax_lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k, block_table = saved
     if dout is None:
         dout = torch.zeros_like(out)
     observed = torch_ops.observed(q)
-    if ctx.plan is not None and not observed:
-        delta = dispatch.differentiate(ctx.plan, saved, dout, dlse, dq, dk, dv, words.deterministic)
+    if plan is not None and not observed:
+        delta = dispatch.differentiate(plan, saved, dout, dlse, dq, dk, dv, words.deterministic)
         return None if sinks is None else sink_gradient(sinks, softmax_lse, delta, cu_seqlens_q)
     left, right = words.window_size
     tensors = (dout, q, k, v, out, softmax_lse, dq, dk, dv)
@@ -178,13 +233,14 @@ def differentiate(
     if block_table is not None or not observed:  # the operators take no pages
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         varlen = dict(zip(names, lengths, strict=True), block_table=block_table)
-        delta = dispatch.backward(*tensors, *numbers, *rest, **varlen, dlse=dlse)
+        delta = dispatch.backward(*tensors, *numbers, *rest, **varlen, dlse=dlse, scope=scope)
         return None if sinks is None else sink_gradient(sinks, softmax_lse, delta, cu_seqlens_q)
     if dlse is not None or sinks is not None:
         forward_tensors = (q, k, v, out, softmax_lse, sinks)
-        return operators._wrapped_attention_backward(
+        dsinks = operators._wrapped_attention_backward(
             dout, dlse, *forward_tensors, dq, dk, dv, *numbers, *rest, *lengths
         )
+        return None if sinks is None else dsinks
     if cu_seqlens_q is None:
         torch_ops._wrapped_flash_attn_backward(*tensors, *numbers, *rest)
     else:

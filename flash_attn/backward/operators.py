@@ -12,7 +12,7 @@ from flash_attn import dispatch, torch_ops
 from flash_attn.sinks import sink_gradient
 
 
-@torch.library.custom_op("flash_attn::_attention_forward", mutates_args=())
+@torch.library.custom_op("flash_attn::_attention_forward", mutates_args=(), **torch_ops.RANDOM)
 def _attention_forward(
     q: Tensor,
     k: Tensor,

@@ -51,5 +51,5 @@ class FlashAttnSinkFunc(torch.autograd.Function):
         *saved, sinks = ctx.saved_tensors
         q, k, v = saved[:3]
         dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
-        dsink = differentiate(ctx, saved, dout, dlse, dq, dk, dv, sinks)
+        dsink = differentiate(ctx.words, ctx.plan, saved, dout, dlse, dq, dk, dv, sinks)
         return dq, dk, dv, dsink, *(None,) * 14

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flash_attn import dispatch, launch
-from flash_attn.errors import InvalidArgument
+from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.kvcache.operator import _wrapped_flash_attn_with_kvcache
 from flash_attn.problem import parse_window
 from flash_attn.problem_kvcache import CacheTensors
@@ -59,11 +60,23 @@ def attend_with_cache(
         k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks
     )
     if not listens:
-        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        try:
+            return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        except RuntimeError as error:
+            _refuse_transforms((q, k_cache, v_cache, *tensors), error)
+            raise
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     *arrays, slopes, sinks = (None if x is None else x.detach() for x in tensors)
     return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits, sinks)
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...], error: RuntimeError) -> None:
+    """Say what an error comes from where it comes from tensors of torch.func, which have no memory of their own."""
+    if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
+        raise UnsupportedProblem(
+            "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -231,7 +231,9 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 def _inplace(x: Tensor, rotate: Callable[[bool], Tensor]) -> Tensor:
-    """rotate(inplace=True); the compiler takes no Function that writes into its input, and gets a copy back into x."""
+    """rotate(inplace=True); the compiler and torch.func take no Function that writes into its input: x gets a copy back."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return x.copy_(rotate(False))
     if not (torch.compiler.is_compiling() and torch.is_grad_enabled() and x.requires_grad):
         return rotate(True)
     out = rotate(False)

@@ -1,7 +1,8 @@
 """Autograd classes of the rotary embedding: one tensor, packed q, k, v and packed k, v.
 
 The gradient of a rotation is the rotation backwards, so x is not kept, and a second derivative comes of itself. An incoming
-gradient is never written into, for autograd may have handed it to others too.
+gradient is never written into, for autograd may have handed it to others too. Under a transform of torch.func the forwards
+run as plain functions, and `Rotation` is what is transformed.
 """
 
 import contextlib
@@ -12,11 +13,66 @@ import torch
 from torch import Tensor
 
 from flash_attn import backends
-from flash_attn.backward.call import run
-from flash_attn.errors import InvalidArgument
-from flash_attn.ops.triton.rotary import rotate_heads
+from flash_attn.backward import transforms
+from flash_attn.backward.call import TANGENTS, run
+from flash_attn.errors import InvalidArgument, UnsupportedProblem
+from flash_attn.ops.triton import rotary
 
 HEADS = 2  # the dimension of heads, and of "q, k, v" before them
+
+
+def rotate_heads(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+    nheads_rotated: int | None = None,
+) -> Tensor:
+    """`ops.triton.rotary.rotate_heads`, also to be transformed, in which case `layers.rotary` asks for nothing in place."""
+    if inplace or not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        options = (interleaved, inplace, conjugate, nheads_rotated)
+        return rotary.rotate_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, *options)
+    turn = (cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, nheads_rotated)
+    return Rotation.apply(x, *turn)[0]
+
+
+class Rotation(torch.autograd.Function):
+    """(rotated x,), as torch.func sees it."""
+
+    @staticmethod
+    def forward(x: Tensor, *turn: Any) -> Any:
+        arguments: list[Any] = [*turn[:-2], False, *turn[-2:]]  # not in place
+        return (rotary.rotate_heads(x, *arguments),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, conjugate, nheads_rotated = inputs
+        _save(ctx, seqlen_offsets, (max_seqlen, interleaved, not conjugate, nheads_rotated), cos, sin, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        (cos, sin, cu_seqlens), seqlen_offsets = _saved(ctx)
+        with _scope(ctx):
+            (dx,) = Rotation.apply(dout, cos, sin, seqlen_offsets, cu_seqlens, *ctx.options)
+        return dx, *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedProblem(TANGENTS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *turn: Any) -> Any:
+        nheads_rotated = turn[-1]
+        if nheads_rotated is not None or any(dim is not None for dim in in_dims[1:]):
+            return transforms.one_by_one(Rotation, info.batch_size, in_dims, (x, *turn))
+        folded = transforms.beside_heads((x,), in_dims[:1], info.batch_size, (transforms.BEFORE_LAST,))
+        out = Rotation.apply(*folded, *turn)
+        return transforms.apart_from_heads(out, info.batch_size, (transforms.BEFORE_LAST,))
 
 
 class ApplyRotaryEmb(torch.autograd.Function):

@@ -131,7 +131,7 @@ RULES = {
     "kvcache.hf_cache": Rule(("kvcache",), ("torch", "transformers")),
     "kvcache": Rule(("kvcache", "problem", "problem_kvcache", "dispatch", "torch_ops", "launch")),
     "distributed": Rule(("distributed", "problem", "backward", "torch_ops")),
-    "layers": Rule(("layers", "ops", "backward.call", "backends")),
+    "layers": Rule(("layers", "ops", "backward", "backends")),
     "ops.triton.rotary": Rule(
         ("torch_ops", "dispatch", "backends", "hardware", "launch", "kernels.algebra", "kernels.portable"),
     ),

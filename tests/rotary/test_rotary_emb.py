@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_attn import backends
-from flash_attn.errors import InvalidArgument
+from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.layers import rotary
 from flash_attn.layers.rotary import (
     RotaryEmbedding,
@@ -197,6 +197,41 @@ def test_finite_differences(generator, name, offsets):
     x = random(generator, CPU, FP64, *shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: function(x, turn, offsets), (x,))
     assert torch.autograd.gradgradcheck(lambda x: function(x, turn, offsets), (x,))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_torch_func(device, generator, name):
+    """Gradients, those of every sample and second ones; in place on what the function itself has made."""
+    shape, function = DIFFERENTIABLE[name]
+    turn = tables(4, 2, FP32, device, generator)
+    samples = random(generator, device, FP32, 2, *shape)
+
+    def loss(x):
+        return function(x, turn, 1).sin().sum()
+
+    def gradient(x):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0], leaf
+
+    wanted = torch.stack([gradient(x)[0].detach() for x in samples])
+    torch.testing.assert_close(torch.func.grad(loss)(samples[0]), wanted[0], rtol=0, atol=0)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(samples), wanted, rtol=0, atol=0)
+    first, leaf = gradient(samples[0])
+    (second,) = torch.autograd.grad(first.sin().sum(), leaf)
+    by_func = torch.func.grad(lambda x: torch.func.grad(loss)(x).sin().sum())(samples[0])
+    torch.testing.assert_close(by_func, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["emb", "packed"])
+def test_torch_func_maps_offsets_and_refuses_tangents(generator, name):
+    shape, function = DIFFERENTIABLE[name]
+    turn = tables(4, 2, FP32, CPU, generator)
+    x, offsets = random(generator, CPU, FP32, *shape), torch.tensor([[0], [2], [1]])
+    mapped = torch.func.vmap(lambda offset: function(x, turn, offset))(offsets)
+    wanted = torch.stack([function(x, turn, offset) for offset in offsets])
+    torch.testing.assert_close(mapped, wanted, rtol=0, atol=0)
+    with pytest.raises(UnsupportedProblem, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: function(x, turn, 1), (x,), (x,))
 
 
 @pytest.mark.parametrize("leaf", [False, True])
