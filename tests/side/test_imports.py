@@ -57,7 +57,8 @@ NAMES = {
         "reduce_scatter reduce_scatter_raw sync_shared_params"
     ),
     "utils.generation": (
-        "GenerationMixin InferenceParams decode modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering sample"
+        "DecodingCGCache GenerationMixin InferenceParams allocate_inference_cache capture_graph decode decode_speculative "
+        "modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering sample sample_speculative update_graph_cache"
     ),
     "utils.library": "triton_op",
     "utils.pretrained": "state_dict_from_pretrained",
