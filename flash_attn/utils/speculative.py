@@ -52,7 +52,7 @@ def decode_speculative(
 
     Raises:
         UnsupportedProblem: more than one sequence, of which each would keep another number of tokens; or cg on a CPU.
-        InvalidArgument: nothing would be drafted.
+        InvalidArgument: nothing would be drafted, the vocabularies differ, or with cg both models are one.
 
     Source: flash_attn 2.8.3, flash_attn/utils/generation.py.
     """
@@ -62,6 +62,8 @@ def decode_speculative(
         )
     if speculative_lookahead < 1:
         raise InvalidArgument(f"speculative_lookahead must be at least 1, got {speculative_lookahead}")
+    if cg and model is model_draft:
+        raise InvalidArgument("with cg=True the model and its draft need caches of their own, got one model as both")
     options = dict(top_k=top_k, top_p=top_p, temperature=temperature)
     start = (input_ids, max_length, vocab_size, tensor_parallel, cg)
     main = Decoder.start(model, *start, decoding_seqlens=range(1, speculative_lookahead + 2))
@@ -105,7 +107,7 @@ def _check_proposal(
     """(the tokens that the model generates, its logits for them), of 1 to num_draft + 1 tokens."""
     new = torch.cat([sequence[:, main.params.seqlen_offset :], proposal], dim=1)
     logits = main.logits(new, num_last_tokens=proposal.shape[1] + 1)
-    logits_draft = torch.cat([logits[:, :0], *proposal_logits], dim=1)
+    logits_draft = torch.cat(proposal_logits, dim=1) if proposal_logits else logits[:, :0]
     tokens, num_generated = sample_speculative(logits, logits_draft, proposal, **options)
     count = int(num_generated[0])
     return tokens[:, :count], logits[:, :count]

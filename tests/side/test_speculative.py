@@ -161,6 +161,11 @@ def test_bad_input_is_named(seed):
         decode_speculative(prompt[:1], model, draft, 8, speculative_lookahead=0)
     with pytest.raises(NotImplementedError, match="GPU, got one on cpu"):
         decode_speculative(prompt[:1], model, draft, 8, cg=True)
+    with pytest.raises(ValueError, match="one model as both"):
+        decode_speculative(prompt[:1], model, model, 8, cg=True)
+    larger = Chain(torch.rand(VOCAB, VOCAB + 1))
+    with pytest.raises(ValueError, match=r"\(1, 3, 13\) for logits \(1, 4, 13\), got \(1, 3, 14\)"):
+        decode_speculative(prompt[:1], model, larger, 8)
     logits, logits_draft, drafted = torch.zeros(2, 3, 5), torch.zeros(2, 2, 5), torch.zeros(2, 2, dtype=torch.long)
     for change, words in (
         (dict(logits_draft=logits), r"logits_draft must have shape \(2, 2, 5\)"),
