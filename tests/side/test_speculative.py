@@ -84,13 +84,15 @@ def test_checked_tokens_have_the_models_distribution(seed, options):
     torch.manual_seed(seed)
     rows, seqlen, vocab_size = 40000, 3, 6
     logits = torch.randn(1, seqlen + 1, vocab_size).expand(rows, -1, -1)
-    logits_draft = logits[:, :-1] + torch.randn(1, seqlen, vocab_size)
+    logits_draft = logits[:, :-1] + 0.5 * torch.randn(1, seqlen, vocab_size)
     drafted = torch.stack([sample(logits_draft[:, i], **options) for i in range(seqlen)], dim=1)
     tokens, generated = sample_speculative(logits, logits_draft, drafted, **options)
     assert tokens.shape == (rows, seqlen + 1) and generated.min() >= 1 and generated.max() <= seqlen + 1
     p = token_probabilities(logits[0], **{"top_k": 0, "top_p": 0.0, "temperature": 1.0, **options})
     for i in range(seqlen + 1):  # given that a position is reached, its token is independent of those before
-        agree(tokens[generated > i, i].bincount(minlength=vocab_size), p[i])
+        reached = tokens[generated > i, i]
+        if len(reached) >= 1000:  # fewer say little, and none are left where two sets of candidates are disjoint
+            agree(reached.bincount(minlength=vocab_size), p[i])
     kept = torch.arange(seqlen) < generated[:, None] - 1
     assert torch.equal(tokens[:, :-1][kept], drafted[kept])
     agree(sample(logits[:, 0], **options).bincount(minlength=vocab_size), p[0])
@@ -163,9 +165,9 @@ def test_bad_input_is_named(seed):
         decode_speculative(prompt[:1], model, draft, 8, cg=True)
     with pytest.raises(ValueError, match="one model as both"):
         decode_speculative(prompt[:1], model, model, 8, cg=True)
-    larger = Chain(torch.rand(VOCAB, VOCAB + 1))
-    with pytest.raises(ValueError, match=r"\(1, 3, 13\) for logits \(1, 4, 13\), got \(1, 3, 14\)"):
-        decode_speculative(prompt[:1], model, larger, 8)
+    smaller = Chain(torch.rand(VOCAB, VOCAB - 1))
+    with pytest.raises(ValueError, match=r"\(1, 3, 13\) for logits \(1, 4, 13\), got \(1, 3, 12\)"):
+        decode_speculative(prompt[:1], model, smaller, 8)
     logits, logits_draft, drafted = torch.zeros(2, 3, 5), torch.zeros(2, 2, 5), torch.zeros(2, 2, dtype=torch.long)
     for change, words in (
         (dict(logits_draft=logits), r"logits_draft must have shape \(2, 2, 5\)"),
