@@ -68,6 +68,33 @@ def flash_attn_kvpacked_func(
     return flash_attn_func(q, k, v, bias, causal, softmax_scale)
 
 
+class FlashAttnFunc:
+    """`flash_attn_func` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/flash_attn_triton.py.
+    """
+
+    apply = staticmethod(flash_attn_func)
+
+
+class FlashAttnQKVPackedFunc:
+    """`flash_attn_qkvpacked_func` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/flash_attn_triton.py.
+    """
+
+    apply = staticmethod(flash_attn_qkvpacked_func)
+
+
+class FlashAttnKVPackedFunc:
+    """`flash_attn_kvpacked_func` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/flash_attn_triton.py.
+    """
+
+    apply = staticmethod(flash_attn_kvpacked_func)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
         raise InvalidArgument(f"q and k differ in more than their lengths: {tuple(q.shape)} and {tuple(k.shape)}")

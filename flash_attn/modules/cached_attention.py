@@ -11,7 +11,7 @@ from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.flash_attn_interface import flash_attn_with_kvcache
 from flash_attn.layers.rotary import RotaryEmbedding
 from flash_attn.modules.inner_attention import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
-from flash_attn.utils.generation import InferenceParams
+from flash_attn.utils.inference_params import InferenceParams
 
 
 def _update_kv_cache(kv: Tensor, inference_params: InferenceParams, layer_idx: int) -> Tensor:

@@ -5,7 +5,7 @@
 rms_norm.py is the same with the root of the mean square.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,120 @@ from flash_attn.errors import InvalidArgument
 from flash_attn.ops.normalization import add_dropped, normalise
 
 
-class Subset(NamedTuple):
-    """Which rows x0 has and which are wanted, as in `dropout_add_layer_norm_subset`."""
+class DropoutAddLayerNormFn:
+    """`dropout_add_layer_norm`, or with is_rms_norm its sibling, under upstream's name of their autograd function.
 
-    x0_subset: Tensor | None
-    out_subset: Tensor | None
-    rowscale_const: float
-    out_numrows: int
+    Autograd follows the parts, so that it can be differentiated as often as they can.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
+    """
+
+    @staticmethod
+    def apply(
+        x0: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        rowscale: Tensor | None,
+        colscale: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> Any:
+        """As `dropout_add_layer_norm`; gamma and beta are its weight and bias, colscale its layerscale."""
+        _check(x0, residual, None, dropout_p)
+        mix = add_dropped(x0, residual, None, rowscale, dropout_p, colscale)
+        results = [normalise(mix.z, gamma, beta, epsilon, x0.dtype, is_rms_norm=is_rms_norm)]
+        if prenorm:
+            results.append(mix.z.to(_residual_dtype(x0, residual, residual_in_fp32)))
+        if return_dmask:
+            results.append(_kept(mix.mask, x0))
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class DropoutAddLayerNormSubsetFn:
+    """`dropout_add_layer_norm_subset`, or with is_rms_norm its sibling, under upstream's name of their autograd function.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
+    """
+
+    @staticmethod
+    def apply(
+        x0: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        colscale: Tensor | None,
+        x0_subset: Tensor | None,
+        out_subset: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        rowscale_const: float,
+        out_numrows: int,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> Any:
+        """As `dropout_add_layer_norm_subset`; gamma and beta are its weight and bias, colscale its layerscale."""
+        _check_subset(x0, residual, x0_subset, out_subset, rowscale_const, out_numrows)
+        options = (residual_in_fp32, prenorm, is_rms_norm, return_dmask)
+        if x0_subset is None or out_subset is None:
+            return DropoutAddLayerNormFn.apply(x0, residual, gamma, beta, None, colscale, dropout_p, epsilon, *options)
+        _check(x0, None, None, dropout_p)
+        wide = torch.promote_types(x0.dtype, torch.float32)
+        rowscale = None if rowscale_const == 1.0 else x0.new_full(x0.shape[:-1], rowscale_const, dtype=wide)
+        mix = add_dropped(x0, None, None, rowscale, dropout_p, colscale)
+        z = _gather_rows(mix.z.reshape(-1, x0.shape[-1]), x0_subset.flatten())
+        if residual is not None:
+            z = z.to(wide) + residual.reshape(-1, x0.shape[-1])
+        normalised = normalise(z, gamma, beta, epsilon, x0.dtype, is_rms_norm=is_rms_norm)
+        results = [_scatter_rows(normalised, out_subset.flatten(), out_numrows).reshape(-1, *x0.shape[1:])]
+        if prenorm:
+            results.append(z.to(_residual_dtype(x0, residual, residual_in_fp32)).reshape(-1, *x0.shape[1:]))
+        if return_dmask:
+            results.append(_kept(mix.mask, x0))
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class DropoutAddLayerNormParallelResidualFn:
+    """`dropout_add_layer_norm_parallel_residual`, or with is_rms_norm its sibling, under upstream's name of their function.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
+    """
+
+    @staticmethod
+    def apply(
+        x0: Tensor,
+        x1: Tensor | None,
+        residual: Tensor | None,
+        gamma0: Tensor,
+        beta0: Tensor | None,
+        gamma1: Tensor | None,
+        beta1: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> Any:
+        """As `dropout_add_layer_norm_parallel_residual`; gamma and beta are its weights and biases."""
+        _check(x0, residual, x1, dropout_p)
+        mix = add_dropped(x0, residual, x1, None, dropout_p)
+        results: list[Tensor | None] = [normalise(mix.z, gamma0, beta0, epsilon, x0.dtype, is_rms_norm=is_rms_norm)]
+        if gamma1 is None:
+            results.append(None)
+        else:
+            results.append(normalise(mix.z, gamma1, beta1, epsilon, x0.dtype, is_rms_norm=is_rms_norm))
+        if prenorm:
+            results.append(mix.z.to(_residual_dtype(x0, residual, residual_in_fp32)))
+        if return_dmask:
+            results += [_kept(mix.mask, x0), _kept(mix.mask1, x0)]
+        return tuple(results)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -50,14 +157,12 @@ def dropout_add_layer_norm(
         rowscale: (...).
         layerscale: (hidden,).
         residual_in_fp32: z is returned in fp32 where there is no residual.
-        return_dropout_mask: (..., hidden), bool, True where kept; all True without dropout.
+        return_dropout_mask: (..., hidden), uint8, 1 where kept; all 1 without dropout.
 
     Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
     """
-    scales = (rowscale, layerscale)
-    return add_norm(
-        x0, residual, weight, bias, dropout_p, epsilon, scales, prenorm, residual_in_fp32, return_dropout_mask, False
-    )
+    options = (residual_in_fp32, prenorm, False, return_dropout_mask)
+    return DropoutAddLayerNormFn.apply(x0, residual, weight, bias, rowscale, layerscale, dropout_p, epsilon, *options)
 
 
 def dropout_add_layer_norm_subset(
@@ -95,20 +200,10 @@ def dropout_add_layer_norm_subset(
 
     Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
     """
-    subset = Subset(x0_subset, out_subset, rowscale_const, out_numrows)
-    return add_norm_subset(
-        x0,
-        residual,
-        weight,
-        bias,
-        dropout_p,
-        epsilon,
-        layerscale,
-        subset,
-        prenorm,
-        residual_in_fp32,
-        return_dropout_mask,
-        False,
+    subset, scale = (x0_subset, out_subset), (rowscale_const, out_numrows)
+    options = (residual_in_fp32, prenorm, False, return_dropout_mask)
+    return DropoutAddLayerNormSubsetFn.apply(
+        x0, residual, weight, bias, layerscale, *subset, dropout_p, epsilon, *scale, *options
     )
 
 
@@ -129,13 +224,13 @@ def dropout_add_layer_norm_parallel_residual(
     """Two normalisations of z = dropout(x0) + dropout(x1) + residual.
 
     Returns:
-        (out0, out1 or None without weight1, z if prenorm, both masks if return_dropout_mask).
+        (out0, out1 or None without weight1, z if prenorm, both masks if return_dropout_mask; without x1 its mask is all 1).
 
     Source: flash_attn 2.8.3, flash_attn/ops/layer_norm.py.
     """
-    weights = (weight0, bias0, weight1, bias1)
-    return add_two_norms(
-        x0, x1, residual, weights, dropout_p, epsilon, prenorm, residual_in_fp32, return_dropout_mask, False
+    options = (residual_in_fp32, prenorm, False, return_dropout_mask)
+    return DropoutAddLayerNormParallelResidualFn.apply(
+        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, *options
     )
 
 
@@ -182,78 +277,6 @@ class DropoutAddLayerNorm(nn.Module):
         )
 
 
-def add_norm(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    scales: tuple[Tensor | None, Tensor | None],
-    prenorm: bool,
-    residual_in_fp32: bool,
-    return_dropout_mask: bool,
-    is_rms_norm: bool,
-) -> Any:
-    """`dropout_add_layer_norm`, or its sibling with the root of the mean square."""
-    _check(x0, residual, None, dropout_p)
-    mix = add_dropped(x0, residual, None, scales[0], dropout_p, scales[1])
-    results = [normalise(mix.z, weight, bias, epsilon, x0.dtype, is_rms_norm=is_rms_norm)]
-    if prenorm:
-        results.append(mix.z.to(_residual_dtype(x0, residual, residual_in_fp32)))
-    if return_dropout_mask:
-        results.append(_mask(mix.mask, x0))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def add_norm_subset(
-    x0: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    epsilon: float,
-    layerscale: Tensor | None,
-    subset: Subset,
-    prenorm: bool,
-    residual_in_fp32: bool,
-    return_dropout_mask: bool,
-    is_rms_norm: bool,
-) -> Any:
-    """`dropout_add_layer_norm_subset`, or its sibling with the root of the mean square."""
-    _check_subset(x0, residual, subset)
-    x0_subset, out_subset, rowscale_const, out_numrows = subset
-    if x0_subset is None or out_subset is None:
-        scales = (None, layerscale)
-        return add_norm(
-            x0,
-            residual,
-            weight,
-            bias,
-            dropout_p,
-            epsilon,
-            scales,
-            prenorm,
-            residual_in_fp32,
-            return_dropout_mask,
-            is_rms_norm,
-        )
-    _check(x0, None, None, dropout_p)
-    wide = torch.promote_types(x0.dtype, torch.float32)
-    rowscale = None if rowscale_const == 1.0 else x0.new_full(x0.shape[:-1], rowscale_const, dtype=wide)
-    mix = add_dropped(x0, None, None, rowscale, dropout_p, layerscale)
-    z = _gather_rows(mix.z.reshape(-1, x0.shape[-1]), x0_subset.flatten())
-    if residual is not None:
-        z = z.to(wide) + residual.reshape(-1, x0.shape[-1])
-    normalised = normalise(z, weight, bias, epsilon, x0.dtype, is_rms_norm=is_rms_norm)
-    results = [_scatter_rows(normalised, out_subset.flatten(), out_numrows).reshape(-1, *x0.shape[1:])]
-    if prenorm:
-        results.append(z.to(_residual_dtype(x0, residual, residual_in_fp32)).reshape(-1, *x0.shape[1:]))
-    if return_dropout_mask:
-        results.append(_mask(mix.mask, x0))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
 def _gather_rows(x: Tensor, places: Tensor) -> Tensor:
     """Row places[i] - 1 of x (rows, hidden) for each i, and 0 where there is no such row."""
     return F.pad(x, (0, 0, 1, 0)).index_select(0, _existing(places, x.shape[0]))
@@ -268,8 +291,14 @@ def _existing(places: Tensor, rows: int) -> Tensor:
     return places.long().masked_fill((places < 0) | (places > rows), 0)
 
 
-def _check_subset(x0: Tensor, residual: Tensor | None, subset: Subset) -> None:
-    x0_subset, out_subset, rowscale_const, out_numrows = subset
+def _check_subset(
+    x0: Tensor,
+    residual: Tensor | None,
+    x0_subset: Tensor | None,
+    out_subset: Tensor | None,
+    rowscale_const: float,
+    out_numrows: int,
+) -> None:
     if (x0_subset is None) != (out_subset is None):
         missing = "x0_subset" if x0_subset is None else "out_subset"
         raise InvalidArgument(f"x0_subset and out_subset go together, got no {missing}")
@@ -293,42 +322,15 @@ def _check_subset(x0: Tensor, residual: Tensor | None, subset: Subset) -> None:
         raise InvalidArgument(f"out_numrows must be at least 0, got {out_numrows}")
 
 
-def add_two_norms(
-    x0: Tensor,
-    x1: Tensor | None,
-    residual: Tensor | None,
-    weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    dropout_p: float,
-    epsilon: float,
-    prenorm: bool,
-    residual_in_fp32: bool,
-    return_dropout_mask: bool,
-    is_rms_norm: bool,
-) -> Any:
-    """`dropout_add_layer_norm_parallel_residual`, or its sibling with the root of the mean square."""
-    _check(x0, residual, x1, dropout_p)
-    weight0, bias0, weight1, bias1 = weights
-    mix = add_dropped(x0, residual, x1, None, dropout_p)
-    results: list[Tensor | None] = [normalise(mix.z, weight0, bias0, epsilon, x0.dtype, is_rms_norm=is_rms_norm)]
-    if weight1 is None:
-        results.append(None)
-    else:
-        results.append(normalise(mix.z, weight1, bias1, epsilon, x0.dtype, is_rms_norm=is_rms_norm))
-    if prenorm:
-        results.append(mix.z.to(_residual_dtype(x0, residual, residual_in_fp32)))
-    if return_dropout_mask:
-        results += [_mask(mix.mask, x0), None if x1 is None else _mask(mix.mask1, x1)]
-    return tuple(results)
-
-
 def _residual_dtype(x0: Tensor, residual: Tensor | None, residual_in_fp32: bool) -> torch.dtype:
     if residual is not None:
         return residual.dtype
     return torch.float32 if residual_in_fp32 else x0.dtype
 
 
-def _mask(mask: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+def _kept(mask: Tensor | None, x: Tensor) -> Tensor:
+    """The mask as upstream's kernels return it, in bytes, all 1 where nothing can be dropped."""
+    return torch.ones(x.shape, dtype=torch.uint8, device=x.device) if mask is None else mask.to(torch.uint8)
 
 
 def _check(x0: Tensor, residual: Tensor | None, x1: Tensor | None, dropout_p: float) -> None:

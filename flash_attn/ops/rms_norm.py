@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn.ops.layer_norm import Subset, add_norm, add_norm_subset, add_two_norms
+from flash_attn.ops.layer_norm import (
+    DropoutAddLayerNormFn,
+    DropoutAddLayerNormParallelResidualFn,
+    DropoutAddLayerNormSubsetFn,
+)
 from flash_attn.ops.normalization import normalise
 
 
@@ -34,10 +38,8 @@ def dropout_add_rms_norm(
 
     Source: flash_attn 2.8.3, flash_attn/ops/rms_norm.py.
     """
-    scales = (rowscale, layerscale)
-    return add_norm(
-        x0, residual, weight, bias, dropout_p, epsilon, scales, prenorm, residual_in_fp32, return_dropout_mask, True
-    )
+    options = (residual_in_fp32, prenorm, True, return_dropout_mask)
+    return DropoutAddLayerNormFn.apply(x0, residual, weight, bias, rowscale, layerscale, dropout_p, epsilon, *options)
 
 
 def dropout_add_rms_norm_subset(
@@ -60,20 +62,10 @@ def dropout_add_rms_norm_subset(
 
     Source: flash_attn 2.8.3, flash_attn/ops/rms_norm.py.
     """
-    subset = Subset(x0_subset, out_subset, rowscale_const, out_numrows)
-    return add_norm_subset(
-        x0,
-        residual,
-        weight,
-        bias,
-        dropout_p,
-        epsilon,
-        layerscale,
-        subset,
-        prenorm,
-        residual_in_fp32,
-        return_dropout_mask,
-        True,
+    subset, scale = (x0_subset, out_subset), (rowscale_const, out_numrows)
+    options = (residual_in_fp32, prenorm, True, return_dropout_mask)
+    return DropoutAddLayerNormSubsetFn.apply(
+        x0, residual, weight, bias, layerscale, *subset, dropout_p, epsilon, *scale, *options
     )
 
 
@@ -95,9 +87,9 @@ def dropout_add_rms_norm_parallel_residual(
 
     Source: flash_attn 2.8.3, flash_attn/ops/rms_norm.py.
     """
-    weights = (weight0, bias0, weight1, bias1)
-    return add_two_norms(
-        x0, x1, residual, weights, dropout_p, epsilon, prenorm, residual_in_fp32, return_dropout_mask, True
+    options = (residual_in_fp32, prenorm, True, return_dropout_mask)
+    return DropoutAddLayerNormParallelResidualFn.apply(
+        x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, *options
     )
 
 

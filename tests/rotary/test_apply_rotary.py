@@ -352,3 +352,12 @@ def test_launch_configurations(tokens, nheads, width):
 def test_a_pinned_configuration_counts():
     with pinned(rotary=RotaryConfig(2, 1, 1)):
         assert rotary_config(128, 1 << 20, 32, H200) == RotaryConfig(2, 1, 1)
+
+
+def test_the_kernel_has_upstreams_name():
+    pytest.importorskip("triton")
+    from flash_attn.kernels.portable.rotary import rotary_kernel
+
+    assert rotary.rotary_kernel is rotary_kernel
+    with pytest.raises(AttributeError, match="no_such_kernel"):
+        rotary.no_such_kernel  # noqa: B018

@@ -1,39 +1,20 @@
 """Decoding with a tiny model, and the choice of tokens."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flash_attn.modules.block import Block
-from flash_attn.modules.embedding import GPT2Embeddings
-from flash_attn.modules.mha import MHA
 from flash_attn.utils import generation
-from flash_attn.utils.generation import GenerationMixin, InferenceParams, decode, sample
-
-VOCAB, DIM = 13, 32
-
-
-class Model(torch.nn.Module, GenerationMixin):
-    def __init__(self):
-        super().__init__()
-        self.embeddings = GPT2Embeddings(DIM, VOCAB, 32)
-        self.blocks = torch.nn.ModuleList(
-            Block(DIM, lambda dim, i=i: MHA(dim, 2, causal=True, layer_idx=i, use_flash_attn=True)) for i in range(2)
-        )
-        self.head = torch.nn.Linear(DIM, VOCAB)
-
-    def forward(self, input_ids, position_ids=None, inference_params=None, num_last_tokens=0):
-        x, residual = self.embeddings(input_ids, position_ids), None
-        for block in self.blocks:
-            x, residual = block(x, residual, mixer_kwargs=dict(inference_params=inference_params))
-        return SimpleNamespace(logits=self.head((x + residual)[:, -num_last_tokens:]))
+from flash_attn.utils.generation import InferenceParams, decode, sample
+from tests.support.tiny_gpt import VOCAB, TinyGPT
 
 
 @pytest.fixture
 def model(seed):
     torch.manual_seed(seed)
-    return Model().eval()
+    return TinyGPT().eval()
 
 
 @pytest.fixture
@@ -101,9 +82,25 @@ def test_reset_keeps_the_memory():
 
 
 def test_what_decoding_does_not_do_is_named(model, prompt):
-    with pytest.raises(NotImplementedError, match="cg True"):
-        decode(prompt, model, 9, cg=True)
     with pytest.raises(ValueError, match=r"got 1\.5"):
         sample(torch.zeros(1, 4), top_k=0, top_p=1.5)
-    with pytest.raises(NotImplementedError, match="Model"):
-        model.allocate_inference_cache(1, 2)
+    with pytest.raises(NotImplementedError, match="GenerationMixin"):
+        generation.GenerationMixin().allocate_inference_cache(1, 2)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_time_is_logged_and_never_printed(model, prompt, caplog, capsys, enabled):
+    with caplog.at_level(logging.INFO, logger="flash_attn"):
+        decode(prompt, model, 6, enable_timing=enabled)
+    lines = [record.getMessage() for record in caplog.records if "decoding time" in record.getMessage()]
+    assert len(lines) == enabled and all(line.endswith(" ms") for line in lines)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_caches_for_a_number_of_layers_or_for_named_ones():
+    caches = generation.allocate_inference_cache(2, 5, 3, 8, 2, "cpu", torch.float32)
+    assert list(caches) == [0, 1] and all(x.shape == (2, 5, 2, 3, 8) for x in caches.values())
+    assert list(generation.allocate_inference_cache(2, 5, 3, 8, [4, 7], "cpu")) == [4, 7]
+    assert caches[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="int32"):
+        generation.allocate_inference_cache(2, 5, 3, 8, 2, "cpu", torch.int32)

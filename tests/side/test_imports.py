@@ -13,13 +13,15 @@ ROOT = Path(__file__).parents[2]
 NAMES = {
     "losses.cross_entropy": "CrossEntropyLoss",
     "ops.triton.cross_entropy": "CrossEntropyLoss cross_entropy_loss",
-    "ops.triton.layer_norm": ("RMSNorm layer_norm_fn layer_norm_linear_fn layer_norm_ref rms_norm_fn rms_norm_ref"),
+    "ops.triton.layer_norm": (
+        "LayerNormFn LayerNormLinearFn RMSNorm layer_norm_fn layer_norm_linear_fn layer_norm_ref rms_norm_fn rms_norm_ref"
+    ),
     "ops.triton.k_activations": (
         "cosh gelu gelu_approx gelu_approx_grad gelu_grad leaky_relu leaky_relu_grad relu relu_grad squared_relu "
         "squared_relu_grad tanh"
     ),
     "ops.triton.linear": "triton_dgrad_act triton_linear_act",
-    "ops.triton.mlp": "FusedDenseSqreluDense fused_dense_sqrelu_dense_function",
+    "ops.triton.mlp": "FusedDenseSqreluDense FusedDenseSqreluDenseFunc fused_dense_sqrelu_dense_function",
     "ops.activations": (
         "bias_gelu bias_gelu_back bias_gelu_impl fast_gelu_impl gelu_bwd gelu_fwd relu_bwd sqrelu_bwd sqrelu_fwd swiglu "
         "swiglu_bwd swiglu_fwd"
@@ -29,8 +31,8 @@ NAMES = {
         "fused_dense_func fused_mlp_func"
     ),
     "ops.layer_norm": (
-        "DropoutAddLayerNorm dropout_add_layer_norm dropout_add_layer_norm_parallel_residual dropout_add_layer_norm_subset "
-        "layer_norm"
+        "DropoutAddLayerNorm DropoutAddLayerNormFn DropoutAddLayerNormParallelResidualFn DropoutAddLayerNormSubsetFn "
+        "dropout_add_layer_norm dropout_add_layer_norm_parallel_residual dropout_add_layer_norm_subset layer_norm"
     ),
     "ops.rms_norm": (
         "DropoutAddRMSNorm RMSNorm dropout_add_rms_norm dropout_add_rms_norm_parallel_residual dropout_add_rms_norm_subset "
@@ -55,13 +57,17 @@ NAMES = {
         "reduce_scatter reduce_scatter_raw sync_shared_params"
     ),
     "utils.generation": (
-        "GenerationMixin InferenceParams decode modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering sample"
+        "DecodingCGCache GenerationMixin InferenceParams allocate_inference_cache capture_graph decode decode_speculative "
+        "modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering sample sample_speculative update_graph_cache"
     ),
     "utils.library": "triton_op",
     "utils.pretrained": "state_dict_from_pretrained",
     "utils.testing": "attention_ref construct_chunk_mask construct_local_mask generate_qkv generate_random_padding_mask",
     "utils.torch": "custom_bwd custom_fwd",
-    "flash_attn_triton": "flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func",
+    "flash_attn_triton": (
+        "FlashAttnFunc FlashAttnKVPackedFunc FlashAttnQKVPackedFunc flash_attn_func flash_attn_kvpacked_func "
+        "flash_attn_qkvpacked_func"
+    ),
 }
 
 
@@ -86,3 +92,20 @@ def test_importing_all_of_it_is_light():
     code = f"import sys; {imports}; {shown}"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "module, name, function",
+    [
+        ("ops.triton.layer_norm", "LayerNormFn", "layer_norm_fn"),
+        ("ops.triton.layer_norm", "LayerNormLinearFn", "layer_norm_linear_fn"),
+        ("ops.triton.mlp", "FusedDenseSqreluDenseFunc", "fused_dense_sqrelu_dense_function"),
+        ("ops.fused_dense", "FusedDenseFunc", "fused_dense_func"),
+        ("flash_attn_triton", "FlashAttnFunc", "flash_attn_func"),
+        ("flash_attn_triton", "FlashAttnQKVPackedFunc", "flash_attn_qkvpacked_func"),
+        ("flash_attn_triton", "FlashAttnKVPackedFunc", "flash_attn_kvpacked_func"),
+    ],
+)
+def test_functions_answer_to_the_names_of_upstreams_autograd_functions(module, name, function):
+    loaded = import_module(f"flash_attn.{module}")
+    assert getattr(loaded, name).apply is getattr(loaded, function)

@@ -201,3 +201,66 @@ def test_bad_subsets_are_named(changes, words):
     for subset in SUBSETS.values():
         with pytest.raises(ValueError, match=words):
             subset(torch.ones(2, 4), weight=torch.ones(4), bias=None, epsilon=EPS, **(arguments | changes))
+
+
+FN, SUBSET_FN, TWO_FN = (
+    layer_norm.DropoutAddLayerNormFn,
+    layer_norm.DropoutAddLayerNormSubsetFn,
+    layer_norm.DropoutAddLayerNormParallelResidualFn,
+)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_the_autograd_functions_take_upstreams_order_of_arguments(seed, rms):
+    torch.manual_seed(seed)
+    x0, x1, residual = torch.randn(3, 4, 3, 16, dtype=torch.float64).unbind()
+    gamma0, beta0, gamma1, beta1, colscale = torch.randn(5, 16, dtype=torch.float64).unbind()
+    rowscale = torch.rand(4, 3, dtype=torch.float64)
+    leaves = [each.requires_grad_() for each in (x0, x1, residual, gamma0, beta0, gamma1, beta1, colscale)]
+    z = x0 * rowscale[..., None] * colscale + residual
+    out, kept_z, mask = FN.apply(x0, residual, gamma0, beta0, rowscale, colscale, 0.0, EPS, False, True, rms, True)
+    check((out, kept_z), (formula(z, gamma0, beta0, rms), z), leaves)
+    assert mask.dtype == torch.uint8 and mask.shape == x0.shape and mask.all()
+
+    rows = torch.tensor([1, 2, 0, 3]), torch.tensor([0, 1, 2, 0])
+    some = (x0[:3, 0], residual[:, 0], gamma0, beta0, colscale, *rows)
+    out, kept_z, mask = SUBSET_FN.apply(*some, 0.0, EPS, 1.5, 2, False, True, rms, True)
+    z = torch.stack([x0[0, 0], x0[1, 0], 0 * x0[0, 0], x0[2, 0]]) * 1.5 * colscale + residual[:, 0]
+    check((out, kept_z), (formula(z, gamma0, beta0, rms)[1:3], z), leaves)
+    assert mask.dtype == torch.uint8 and mask.shape == (3, 16)
+
+    out0, out1, kept_z, mask0, mask1 = TWO_FN.apply(
+        x0, x1, residual, gamma0, beta0, gamma1, beta1, 0.0, EPS, False, True, rms, True
+    )
+    z = x0 + x1 + residual
+    truth = formula(z, gamma0, beta0, rms), formula(z, gamma1, beta1, rms), z
+    check((out0, out1, kept_z), truth, leaves)
+    assert mask0.dtype == mask1.dtype == torch.uint8 and mask0.all() and mask1.all()
+
+
+def check(results, truths, leaves):
+    """Values, and gradients of a random functional of them."""
+    cotangents = [torch.randn_like(truth) for truth in truths]
+    for got, truth in zip(results, truths, strict=True):
+        same(got, truth)
+    gradients = [torch.autograd.grad(each, leaves, cotangents, allow_unused=True) for each in (results, truths)]
+    for got, truth in zip(*gradients, strict=True):
+        assert (got is None) == (truth is None)
+        if truth is not None:
+            same(got, truth)
+
+
+def test_masks_are_bytes_and_there_is_one_for_a_missing_x1(seed):
+    """As upstream's kernels return them: they index-assign into tensors of bytes, which refuse other dtypes."""
+    torch.manual_seed(seed)
+    x0, weight = torch.randn(64, 16), torch.ones(16)
+    for function in (
+        layer_norm.dropout_add_layer_norm_parallel_residual,
+        rms_norm.dropout_add_rms_norm_parallel_residual,
+    ):
+        out0, out1, mask0, mask1 = function(
+            x0, None, None, weight, None, None, None, 0.4, EPS, return_dropout_mask=True
+        )
+        assert out1 is None and mask0.dtype == mask1.dtype == torch.uint8
+        assert mask1.shape == x0.shape and mask1.all() and 0 < mask0.sum() < mask0.numel()
+        same(out0, formula(x0 * mask0 / 0.6, 1.0, None, function is FUNCTIONS[True][1]))

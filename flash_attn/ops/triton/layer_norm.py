@@ -168,6 +168,24 @@ def layer_norm_linear_fn(
     return (out, z) if prenorm else out
 
 
+class LayerNormFn:
+    """`layer_norm_fn` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/triton/layer_norm.py.
+    """
+
+    apply = staticmethod(layer_norm_fn)
+
+
+class LayerNormLinearFn:
+    """`layer_norm_linear_fn` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/triton/layer_norm.py.
+    """
+
+    apply = staticmethod(layer_norm_linear_fn)
+
+
 class RMSNorm(torch.nn.Module):
     """`rms_norm_fn` with its weight.
 

@@ -16,6 +16,15 @@ def fused_dense_sqrelu_dense_function(
     return fused_mlp_func(x, weight1, weight2, bias1, bias2, activation="sqrelu", checkpoint_lvl=checkpoint_lvl)
 
 
+class FusedDenseSqreluDenseFunc:
+    """`fused_dense_sqrelu_dense_function` under upstream's name of its autograd function; autograd follows the parts instead.
+
+    Source: flash_attn 2.8.3, flash_attn/ops/triton/mlp.py.
+    """
+
+    apply = staticmethod(fused_dense_sqrelu_dense_function)
+
+
 class FusedDenseSqreluDense(FusedMLP):
     """`fused_dense_sqrelu_dense_function` with its weights.
 

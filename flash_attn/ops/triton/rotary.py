@@ -81,6 +81,15 @@ def apply_rotary(
     return rotate_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate)
 
 
+def __getattr__(name: str) -> Any:
+    """`rotary_kernel`, which upstream defines here; Triton loads with it, not with this module."""
+    if name != "rotary_kernel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flash_attn.kernels.portable.rotary import rotary_kernel
+
+    return rotary_kernel
+
+
 def rotate_heads(
     x: Tensor,
     cos: Tensor,
