@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flash_attn.errors import UnsupportedProblem
 from flash_attn.models.config import gpt2_config
 from flash_attn.models.state_dict import LAYER, StateDict, join, pad_vocabulary, rename
 
@@ -33,10 +34,14 @@ def remap_state_dict_hf_gptj(state_dict: Mapping[str, Tensor], config: Any) -> S
 def gptj_config_to_gpt2_config(gptj_config: Any) -> Any:
     """transformers' GPTJConfig as the GPT2Config of GPTLMHeadModel.
 
+    Raises:
+        UnsupportedProblem: rotary_dim is None.
+
     Source: flash_attn 2.8.3, flash_attn/models/gptj.py.
     """
     head_dim = gptj_config.n_embd // gptj_config.n_head
-    rotary_dim = head_dim if gptj_config.rotary_dim is None else gptj_config.rotary_dim
+    if gptj_config.rotary_dim is None:
+        raise UnsupportedProblem("GPT-J rotates rotary_dim features of a head, got None")
     return gpt2_config(
         vocab_size=gptj_config.vocab_size,
         n_positions=0,
@@ -55,7 +60,7 @@ def gptj_config_to_gpt2_config(gptj_config: Any) -> Any:
         prenorm=True,
         parallel_block=True,
         parallel_block_tied_norm=True,
-        rotary_emb_fraction=rotary_dim / head_dim,
+        rotary_emb_fraction=gptj_config.rotary_dim / head_dim,
         rotary_emb_interleaved=True,
         tie_word_embeddings=False,
         qkv_proj_bias=False,

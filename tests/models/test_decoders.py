@@ -1,11 +1,13 @@
 """Every family of decoders against transformers' own: logits, gradients, generation, names, files."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5 or newer")
 
-from flash_attn.models import bigcode, falcon, gpt, llama, opt  # noqa: E402
+from flash_attn.models import bigcode, falcon, gpt, gpt_neox, gptj, llama, opt  # noqa: E402
 from flash_attn.models.gpt import GPTLMHeadModel, GPTModel  # noqa: E402
 from flash_attn.utils.generation import InferenceParams  # noqa: E402
 from tests.models.decoders import DECODERS, VOCABULARY, build, converted, gpt_config, remap  # noqa: E402
@@ -191,11 +193,89 @@ def test_configurations_of_other_models_are_refused(name):
         ),
         (opt.opt_config_to_gpt2_config, "OPTConfig", dict(layerdrop=0.5), "layerdrop 0.5"),
         (falcon.falcon_config_to_gpt2_config, "FalconConfig", dict(alibi=True), "alibi True"),
+        (gpt_neox.gpt_neox_config_to_gpt2_config, "GPTNeoXConfig", dict(attention_bias=False), "attention_bias False"),
     ],
 )
 def test_what_has_no_counterpart_is_named(convert, name, words, match):
     with pytest.raises(NotImplementedError, match=match):
         convert(getattr(transformers, name)(**words))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("gpt2", ["transformer.h.1.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt-j", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt-neox", [f"gpt_neox.layers.1.attention.{x}" for x in ("bias", "masked_bias", "rotary_emb.inv_freq")]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("falcon, newer", ["transformer.h.0.self_attention.rotary_emb.inv_freq"]),
+        ("bigcode", ["transformer.h.0.attn.bias"]),
+    ],
+)
+def test_buffers_of_earlier_releases_are_left_out(name, extra, seed):
+    hf = build(DECODERS[name], seed)
+    config = gpt_config(DECODERS[name], hf.config)
+    state_dict = hf.state_dict() | dict.fromkeys(extra, torch.ones(1))
+    assert remap(DECODERS[name], state_dict, config).keys() == remap(DECODERS[name], hf.state_dict(), config).keys()
+
+
+def without_head(state_dict, old="", new=""):
+    return {key.replace(old, new, 1): x for key, x in state_dict.items() if key != "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("name", "earlier"),
+    [
+        ("gpt2", lambda state_dict: without_head(state_dict, "transformer.")),
+        ("opt", lambda state_dict: without_head(state_dict, "model.decoder.final_layer_norm", "decoder.layer_norm")),
+        ("opt, norms behind, narrow words", lambda state_dict: without_head(state_dict, "model.decoder.", "decoder.")),
+        ("bigcode", without_head),
+    ],
+)
+def test_names_of_published_checkpoints_are_known(name, earlier, seed):
+    hf = build(DECODERS[name], seed)
+    config = gpt_config(DECODERS[name], hf.config)
+    expected = remap(DECODERS[name], hf.state_dict(), config)
+    actual = remap(DECODERS[name], earlier(hf.state_dict()), config)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def earlier_config(config, left_out, **fields):
+    """A configuration as an earlier release wrote it."""
+    words = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return SimpleNamespace(**words | fields)
+
+
+def test_configurations_of_earlier_releases_are_converted():
+    config = earlier_config(transformers.GPTNeoXConfig(), ["rope_parameters"], rotary_pct=0.25, rotary_emb_base=9000)
+    converted = gpt_neox.gpt_neox_config_to_gpt2_config(config)
+    assert (converted.rotary_emb_fraction, converted.rotary_emb_base) == (0.25, 9000)
+
+    config = earlier_config(
+        transformers.LlamaConfig(), ["rope_parameters", "head_dim"], rope_theta=5e5, rope_scaling=None
+    )
+    assert llama.llama_config_to_gpt2_config(config).rotary_emb_base == 5e5
+    config.rope_scaling = dict(type="dynamic", factor=2.0)
+    with pytest.raises(NotImplementedError, match="type 'dynamic'"):
+        llama.llama_config_to_gpt2_config(config)
+
+    with pytest.raises(NotImplementedError, match="rotary_dim .*got None"):
+        gptj.gptj_config_to_gpt2_config(earlier_config(transformers.GPTJConfig(), [], rotary_dim=None))
+
+
+@pytest.mark.parametrize(
+    ("fields", "nheads_k", "tied_norm"),
+    [(dict(n_head_kv=8), 8, False), (dict(multi_query=True), 1, True), (dict(n_head_kv=1), 1, True)],
+)
+def test_falcons_own_configurations_are_converted(fields, nheads_k, tied_norm):
+    left_out = ["multi_query", "new_decoder_architecture", "num_kv_heads", "num_ln_in_parallel_attn", "ffn_hidden_size"]
+    left_out += ["rope_parameters", "activation"]
+    sizes = dict(hidden_size=128, num_attention_heads=16)
+    config = earlier_config(transformers.FalconConfig(**sizes), left_out, **fields)
+    converted = falcon.falcon_config_to_gpt2_config(config)
+    assert (converted.n_head_kv, converted.parallel_block_tied_norm) == (nheads_k, tied_norm)
+    assert (converted.n_inner, converted.activation_function, converted.rotary_emb_base) == (512, "gelu", 10000.0)
 
 
 def test_bigcode_needs_one_head_of_keys():
