@@ -248,7 +248,7 @@ class BertForPreTraining(BertPreTrainedModel):
         self.cls = BertPreTrainingHeads(config)
         self.mlm_loss = loss_cls(ignore_index=0)
         self.nsp_loss = loss_cls(ignore_index=-1)
-        self.cls.apply(partial(_init_weights, initializer_range=config.initializer_range))
+        self.apply(partial(_init_weights, initializer_range=config.initializer_range))
         self.tie_weights()
 
     def tie_weights(self) -> None:

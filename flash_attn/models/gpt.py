@@ -20,10 +20,10 @@ from flash_attn.models.gpt_block import (
     create_block,
     create_mixer_cls,
     create_mlp_cls,
-    init_weights,
     norm_cls,
     require_activation,
 )
+from flash_attn.models.gpt_block import init_weights as _init_weights
 from flash_attn.models.gpt_neox import remap_state_dict_hf_gpt_neox
 from flash_attn.models.gptj import remap_state_dict_hf_gptj
 from flash_attn.models.llama import remap_state_dict_hf_llama
@@ -276,10 +276,7 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
             self.lm_head = ColumnParallelLinear(
                 *features, process_group, bias=bias, sequence_parallel=sequence_parallel, **factory
             )
-        initialise = _initialiser(config)
-        initialise(self.lm_head)
-        if self.project_out is not None:
-            initialise(self.project_out)
+        self.apply(_initialiser(config))
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -367,7 +364,7 @@ def _embeddings(config: Any, process_group: Any, factory: dict[str, Any]) -> Any
 
 def _initialiser(config: Any) -> Callable[[nn.Module], None]:
     return partial(
-        init_weights,
+        _init_weights,
         n_layer=config.num_hidden_layers,
         initializer_range=config.initializer_range,
         mup_width_scale=getattr(config, "mup_width_scale", 1.0),

@@ -159,7 +159,8 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim))
+        # drawn, though init_weights draws anew, so that a seed gives upstream's weights
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, positions, embed_dim))
         drop_paths = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         layers = dict(norm_layer=norm_layer, act_layer=act_layer or nn.GELU)
         options = dict(use_flash_attn=use_flash_attn, fused_mlp=fused_mlp, fused_dropout_add_ln=fused_dropout_add_ln)
@@ -180,13 +181,16 @@ class VisionTransformer(nn.Module):
             if module is not self:
                 init_weights_vit_timm(module, name)
 
+    def _init_weights(self, m: nn.Module) -> None:
+        init_weights_vit_timm(m)
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that an optimizer leaves undecayed."""
         return {"pos_embed", "cls_token"}
 
     def forward_features(self, x: Tensor, all_tokens: bool = True) -> Tensor:
         """(batch, in_chans, height, width) -> (batch, 1 + patches, embed_dim); else (batch, 1, embed_dim), the class token."""
-        hidden_states, residual = self._embed(self.patch_embed(x)), None
+        hidden_states, residual = self._pos_embed(self.patch_embed(x)), None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             subset = slice(0, 1) if index == last and not all_tokens else None
@@ -227,7 +231,7 @@ class VisionTransformer(nn.Module):
         split(renamed, mixer + "Wqkv.", (mixer + "Wq.", mixer + "Wkv."), dims)
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
-    def _embed(self, patches: Tensor) -> Tensor:
+    def _pos_embed(self, patches: Tensor) -> Tensor:
         """Positions added and the class token in front, in either order."""
         token = self.cls_token.expand(patches.shape[0], -1, -1)
         if self.no_embed_class:

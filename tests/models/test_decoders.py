@@ -230,6 +230,7 @@ def without_head(state_dict, old="", new=""):
         ("opt", lambda state_dict: without_head(state_dict, "model.decoder.final_layer_norm", "decoder.layer_norm")),
         ("opt, norms behind, narrow words", lambda state_dict: without_head(state_dict, "model.decoder.", "decoder.")),
         ("bigcode", without_head),
+        ("gpt-neox", lambda state_dict: {key.replace("lm_head", "embed_out"): x for key, x in state_dict.items()}),
     ],
 )
 def test_names_of_published_checkpoints_are_known(name, earlier, seed):
@@ -260,7 +261,7 @@ def test_configurations_of_earlier_releases_are_converted():
     with pytest.raises(NotImplementedError, match="type 'dynamic'"):
         llama.llama_config_to_gpt2_config(config)
 
-    with pytest.raises(NotImplementedError, match="rotary_dim .*got None"):
+    with pytest.raises(NotImplementedError, match=r"rotary_dim .*got None"):
         gptj.gptj_config_to_gpt2_config(earlier_config(transformers.GPTJConfig(), [], rotary_dim=None))
 
 
