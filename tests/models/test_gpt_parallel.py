@@ -1,5 +1,8 @@
 """GPTLMHeadModel split over two processes against the whole one."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +10,8 @@ import torch.multiprocessing as mp
 
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.models.gpt import GPTLMHeadModel, shard_state_dict_tp
+from flash_attn.models.gpt2_checkpoints import GPT2_NAMES
+from flash_attn.models.state_dict import change, inverse, rename
 from flash_attn.utils.distributed import allreduce_sequence_parallel_grad
 from tests.models import plain
 from tests.models.plain import VOCABULARY, gpt_config
@@ -79,6 +84,26 @@ def check(rank, group, fields, sequence_parallel, seed):
     plain.same(torch.stack(output.scores), torch.stack(expected_output.scores))
 
 
+def check_from_pretrained(rank, group, seed):
+    """Every rank reads its part of a checkpoint of GPT-2 in the working directory."""
+    config = gpt_config(max_position_embeddings=12, sequence_parallel=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in GPTLMHeadModel(config).state_dict().items()}
+    state_dict = plain.state_dict_like(shapes, seed)
+    state_dict["lm_head.weight"] = state_dict["transformer.embeddings.word_embeddings.weight"]
+    checkpoint = rename(state_dict, inverse(GPT2_NAMES), ("lm_head.",))
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        change(checkpoint, f"h.#.{name}.weight", torch.Tensor.t)
+    if rank == 0:
+        Path("gpt2-tiny").mkdir()
+        torch.save(checkpoint, "gpt2-tiny/pytorch_model.bin")
+    dist.barrier(group)
+    options = dict(process_group=group, dtype=torch.float64, world_size=WORLD, rank=rank)
+    model = GPTLMHeadModel.from_pretrained("gpt2-tiny", config, **options)
+    expected = shard_state_dict_tp(state_dict, config, WORLD, rank)
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 def check_refusals(group):
     squared = dict(activation_function="sqrelu", fused_dense_sqrelu_dense=True)
     for fields in (dict(word_embed_proj_dim=8), dict(attn_dwconv=True), squared):
@@ -86,17 +111,19 @@ def check_refusals(group):
             GPTLMHeadModel(gpt_config(**fields), process_group=group)
 
 
-def work(rank, path, seed):
+def work(rank, folder, seed):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    os.chdir(folder)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
     for index, fields in enumerate(MODELS.values()):
         for sequence_parallel in (True, False):
             torch.manual_seed(seed + index)
             check(rank, group, fields, sequence_parallel, seed + index)
+    check_from_pretrained(rank, group, seed)
     check_refusals(group)
     dist.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_does(tmp_path, seed):
-    mp.spawn(work, (str(tmp_path / "rendezvous"), seed), nprocs=WORLD)
+    mp.spawn(work, (str(tmp_path), seed), nprocs=WORLD)
