@@ -109,6 +109,18 @@ def test_encoder_returns_a_subset_of_what_is_kept(flash, subset_last, seed):
     plain.same(encoder(changed, key_padding_mask=mask)[mask], whole[mask])
 
 
+@pytest.mark.parametrize("flash", [False, True])
+def test_masked_tokens_that_padding_hides_are_left_out(flash, seed):
+    torch.manual_seed(seed)
+    model = BertModel(bert_config(use_flash_attn=flash, last_layer_subset=True)).double()
+    inputs, *_ = batch(seed)
+    masked = torch.rand(3, 9) < 0.5
+    masked[1, 8] = True
+    output, whole = model(**inputs, masked_tokens_mask=masked), model(**inputs)
+    plain.same(output.last_hidden_state, whole.last_hidden_state[masked & inputs["attention_mask"].bool()])
+    plain.same(output.pooler_output, whole.pooler_output)
+
+
 def test_rotary_embeddings_see_the_order(seed):
     """Without positions a sequence read backwards gives the same hidden states backwards; rotated, it does not."""
     ids = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
