@@ -35,10 +35,12 @@ def padded_vocab_size(config: Any) -> int:
 
 
 def vocab_multiple(config: Any) -> int:
+    """What the padded vocabulary is a multiple of."""
     return getattr(config, "pad_vocab_size_multiple", 1)
 
 
 def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is no less than size."""
     return -(-size // multiple) * multiple
 
 

@@ -28,12 +28,8 @@ def rename(state_dict: Mapping[str, Tensor], names: Mapping[str, str], dropped: 
         names: template -> template.
         dropped: templates of what is left out.
     """
-    left_out = tuple(dropped)
-    renamed = {}
-    for key, tensor in state_dict.items():
-        if not any(_pattern(template).match(key) for template in left_out):
-            renamed[_renamed(key, names)] = tensor
-    return renamed
+    left_out = {key for template in dropped for key in fitting(state_dict, template)}
+    return {_renamed(key, names): tensor for key, tensor in state_dict.items() if key not in left_out}
 
 
 def inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -43,13 +39,17 @@ def inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 def without_prefix(state_dict: Mapping[str, Tensor], *prefixes: str) -> StateDict:
     """The same under names without the first of the prefixes that they have."""
-    names = dict.fromkeys(prefixes, "")
-    return rename(state_dict, names)
+    return rename(state_dict, dict.fromkeys(prefixes, ""))
 
 
 def with_prefix(state_dict: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> StateDict:
     """The same, but the keys that fit one of the templates get a prefix."""
     return rename(state_dict, {name: prefix + name for name in names})
+
+
+def fitting(state_dict: Mapping[str, Tensor], template: str) -> list[str]:
+    """The keys that a template names."""
+    return [key for key in state_dict if _pattern(template).match(key)]
 
 
 def change(state_dict: StateDict, template: str, function: Callable[[Tensor], Tensor]) -> None:
@@ -116,11 +116,6 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
 
 def _substituted(key: str, template: str, replacement: str) -> str:
     return _pattern(template).sub(replacement.replace("#", r"\1"), key, count=1)
-
-
-def fitting(state_dict: Mapping[str, Tensor], template: str) -> list[str]:
-    """The keys that a template names."""
-    return [key for key in state_dict if _pattern(template).match(key)]
 
 
 @cache

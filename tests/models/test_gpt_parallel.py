@@ -19,6 +19,7 @@ from tests.models.plain import VOCABULARY, gpt_config
 WORLD = 2
 MODELS = {
     "gpt-2": dict(max_position_embeddings=12),
+    "norms behind": dict(max_position_embeddings=12, prenorm=False, activation_function="relu"),
     "gates, uneven groups of heads, rotary, head of its own": dict(
         num_attention_heads=6,
         n_head_kv=3,
