@@ -140,6 +140,27 @@ def ours_appending(rotary: bool) -> Callable[[DecodeCase, Cache], Call]:
     return make
 
 
+def without_a_cache(case: DecodeCase, cache: Cache) -> Call:
+    """What transformers' generate calls for a batch without padding."""
+    return lambda: flash_attn.flash_attn_func(cache.q, cache.k_cache, cache.v_cache, causal=True)
+
+
+def varlen_paged(page: int) -> Callable[[DecodeCase, Cache], Call]:
+    """What servers with pages of their own call: packed queries, one for each sequence."""
+
+    def make(case: DecodeCase, cache: Cache) -> Call:
+        k_pages, v_pages, table = paged(cache, page)
+        q = cache.q[:, 0]
+        ends_q = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device)
+        ends_k = ends_q * case.seqlen
+        longest = (1, case.seqlen)
+        return lambda: flash_attn.flash_attn_varlen_func(
+            q, k_pages, v_pages, ends_q, ends_k, *longest, causal=True, block_table=table
+        )[:, None]
+
+    return make
+
+
 def sdpa(case: DecodeCase, cache: Cache) -> Call:
     q, k, v = (x.transpose(1, 2) for x in (cache.q, cache.k_cache, cache.v_cache))
     grouped = case.nheads != case.nheads_k
@@ -157,6 +178,8 @@ PROVIDERS = {
     "dense": Provider("flash_attn", ours),
     "page16": Provider("page 16", ours_paged(16)),
     "page256": Provider("page 256", ours_paged(256)),
+    "func": Provider("flash_attn_func", without_a_cache),
+    "varlen16": Provider("flash_attn_varlen_func, page 16", varlen_paged(16)),
     "append": Provider("append", ours_appending(False), same_result=False),
     "rotary": Provider("append, rotary", ours_appending(True), same_result=False),
     "invariant": Provider("batch invariant", ours, batch_invariant),

@@ -259,7 +259,7 @@ def test_host_time_is_measured_for_every_call(tmp_path):
 
 def test_a_tiny_decode_run(tmp_path, capsys):
     """Rows, pages and appending agree with the specification; the bytes are those of the keys and values."""
-    names = ["dense", "page16", "append", "rotary", "invariant", "math", "cudnn"]
+    names = ["dense", "page16", "func", "varlen16", "append", "rotary", "invariant", "math", "cudnn"]
     words = ["--tiny", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path), "--providers", *names]
     assert decode.main(words) == 0
     document = json.loads((tmp_path / "decode.json").read_text())
