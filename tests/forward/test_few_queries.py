@@ -108,6 +108,30 @@ def test_pages(page_size, device, seed, shared_out):
 
 
 @everywhere
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_used_lengths_and_left_padding(page_size, device, seed, shared_out):
+    """Only keys from leftpad_k to seqused_k count: the results are those of a batch that has no others."""
+    seqlens_k, used, leftpad = (70, 40, 33), (50, 40, 7), (13, 0, 6)
+    q, k, v, cu_q, cu_k = packed(device, seed, (1, 2, 1), seqlens_k)
+    bounds = list(zip(leftpad, used, strict=True))
+    kept = [
+        torch.cat([part[low:high] for part, (low, high) in zip(x.split(seqlens_k), bounds, strict=True)])
+        for x in (k, v)
+    ]
+    ends = calls.int32([0, *accumulate(high - low for low, high in bounds)], device)
+    wanted = flash_attn_varlen_func(q, *kept, cu_q, ends, 2, 70, causal=True, return_attn_probs=True)[:2]
+    table = None
+    if page_size is not None:
+        k, table = in_pages(k, cu_k, page_size, seed)
+        v, _ = in_pages(v, cu_k, page_size, seed)
+    arrays = dict(seqused_k=calls.int32(used, device), leftpad_k=calls.int32(leftpad, device), block_table=table)
+    words = (2, 70, 0.0, q.shape[-1] ** -0.5, True)
+    found = torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, cu_q, cu_k, *words, **arrays)[:2]
+    assert len(shared_out) == 2
+    calls.assert_near(found, wanted)
+
+
+@everywhere
 def test_queries_of_no_sequence_are_not_written(device, seed, shared_out):
     """A graph's batch is padded with tokens behind the last sequence, and with sequences that have none."""
     q, k, v, cu_q, cu_k = packed(device, seed, (1, 1, 0, 0), (50, 70, 0, 0), tail=2)
