@@ -245,9 +245,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int, direction: str) -
         raise InvalidArgument(f"query and key must have the same dtype, got {q.dtype} and {k.dtype}")
     if v.dtype != q.dtype:
         raise InvalidArgument(f"query and value must have the same dtype, got {q.dtype} and {v.dtype}")
-    device = q.device
-    if k.device != device or v.device != device:
-        raise InvalidArgument(f"q, k and v must be on the same device, got {q.device}, {k.device} and {v.device}")
+    check_same_device(q, k, v)
     nheads, headdim = q.shape[-2], q.shape[-1]
     nheads_k = k.shape[-2]
     if not 1 <= headdim <= MAX_HEADDIM:
@@ -268,6 +266,12 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, ndim: int, direction: str) -
             f"Input tensor must have contiguous last dimension, got last strides {q.stride(-1)}, {k.stride(-1)} "
             f"and {v.stride(-1)} of q, k and v"
         )
+
+
+def check_same_device(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Where nothing is computed, on the device "meta" or for a compiler, all that a call checks."""
+    if k.device != q.device or v.device != q.device:
+        raise InvalidArgument(f"q, k and v must be on the same device, got {q.device}, {k.device} and {v.device}")
 
 
 def _check_varlen(

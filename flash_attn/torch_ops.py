@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.dispatch import backward, contiguous_last, empty_gradient, forward
+from flash_attn.problem import check_same_device
 
 ROUNDING = 128  # upstream rounds the sequence sizes of S_dmask and softmax_d up to this
 # Dropout draws: a compiler that repeats a call (activation checkpoints) must repeat its numbers. Older torch takes no tags.
@@ -84,6 +85,7 @@ def _flash_attn_forward_fake(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same_device(q, k, v)
     batch_size, seqlen_q, nheads, _ = q.shape
     scores = (batch_size, nheads, round_multiple(seqlen_q, ROUNDING), round_multiple(k.shape[1], ROUNDING))
     return (
@@ -162,6 +164,7 @@ def _flash_attn_varlen_forward_fake(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same_device(q, k, v)
     batch_size = cu_seqlens_q.shape[0] - 1
     total_q, nheads, _ = q.shape
     scores = (batch_size, nheads, round_multiple(max_seqlen_q, ROUNDING), round_multiple(max_seqlen_k, ROUNDING))

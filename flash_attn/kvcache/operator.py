@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.dispatch import attend_cache
+from flash_attn.problem import check_same_device
 from flash_attn.problem_kvcache import CacheTensors
 
 
@@ -82,6 +83,7 @@ def _flash_attn_with_kvcache_fake(
     num_splits: int,
     s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    check_same_device(q, k_cache, v_cache)
     batch_size, seqlen_q, nheads, _ = q.shape
     return torch.empty_like(q), q.new_empty(
         (batch_size, nheads, seqlen_q), dtype=torch.promote_types(q.dtype, torch.float32)

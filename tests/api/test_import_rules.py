@@ -120,7 +120,7 @@ RULES = {
     "flash_attn_flaggems_backend": Rule(("backends", "torch_ops")),
     "backends": Rule(("backends", "problem", "hardware")),
     "dispatch": Rule(("backends", "problem", "problem_kvcache", "hardware", "launch")),
-    "torch_ops": Rule(("dispatch",)),
+    "torch_ops": Rule(("dispatch", "problem")),
     "backward.flaggems_backward": Rule(("backward.call", "backends", "dispatch")),
     "backward": Rule(("backward", "problem", "dispatch", "torch_ops", "sinks")),
     "kvcache.cache_manager": Rule(("kvcache", "problem", "problem_kvcache", "backward", "layers"), ("torch", "numpy")),
