@@ -20,10 +20,10 @@ test: lint typecheck wheel test-interpreter test-rest
 
 test-interpreter: setup
 	@if ! $(numpy-suits-interpreter); then echo "skipped, Triton's interpreter needs numpy below 2.4"; else \
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) -m "interpreter and $(NOT_HERE)" tests; fi
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "interpreter and $(NOT_HERE)" tests; fi
 
 test-rest: setup
-	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) -m "not interpreter and $(NOT_HERE)" tests
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "not interpreter and $(NOT_HERE)" tests
 
 # The compile checks with another release of Triton than the one that torch brought.
 test-triton: setup
