@@ -201,7 +201,7 @@ def heading(text: str) -> None:
 
 
 def item(label: str, text: str) -> None:
-    print(textwrap.fill(f"{label + ':':<32}{text}", WIDTH, initial_indent="  ", subsequent_indent=" " * 34))
+    print(textwrap.fill(f"{label + ': ':<32}{text}", WIDTH, initial_indent="  ", subsequent_indent=" " * 34))
 
 
 if __name__ == "__main__":
