@@ -108,7 +108,7 @@ def forward(
     optional = (alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
-    scope = (requested_backend(), launch.pins())
+    scope = current_scope()
     key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional, sinks)], options, scope)
     plan = _plans.get(key)
     if plan is None:
@@ -266,7 +266,7 @@ def attend_cache(
     window = (causal, window_size_left, window_size_right)
     numbers = (softmax_scale, *window, softcap, num_splits)
     options = (0.0, *numbers, rotary_interleaved, int_seqlens is None)
-    scope = (requested_backend(), launch.pins())
+    scope = current_scope()
     key = (*[None if x is None else _traits(x) for x in (q, k_cache, v_cache, *tensors)], options, scope)
     plan = _plans.get(key)
     if plan is None:

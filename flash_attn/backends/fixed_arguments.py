@@ -61,13 +61,23 @@ def empty_results(operands: Operands, memo: dict[str, Any]) -> tuple[Tensor, Ten
     out = torch.empty_like(q)
     lse_like = memo.get("lse_like")
     if lse_like is None:
-        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-        lse_like = memo["lse_like"] = template(shape, q.device)
+        lse_like = memo["lse_like"] = statistic_like(q)
     softmax_lse = torch.empty_like(lse_like)
     if operands.zero_tensors or operands.max_seqlen_q == 0:
-        out.zero_()
-        softmax_lse.fill_(-math.inf)
+        clear(out, softmax_lse)
     return out, softmax_lse
+
+
+def clear(out: Tensor, softmax_lse: Tensor) -> None:
+    """The results of rows that see no key."""
+    out.zero_()
+    softmax_lse.fill_(-math.inf)
+
+
+def statistic_like(q: Tensor) -> Tensor:
+    """A `template` of softmax_lse: (batch, nheads, seqlen_q), packed (nheads, total_q)."""
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return template(shape, q.device)
 
 
 def template(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from flash_attn.backends import portable
 from flash_attn.backends.base import Append, ForwardResult, Operands
-from flash_attn.backends.fixed_arguments import fixed_arguments, page_numbers, strides, template
+from flash_attn.backends.fixed_arguments import (
+    clear,
+    fixed_arguments,
+    page_numbers,
+    statistic_like,
+    strides,
+    template,
+)
 from flash_attn.backends.launcher import Launcher
 from flash_attn.hardware import Hardware, on_device
 from flash_attn.launch.decode import (
@@ -247,8 +254,7 @@ def bind_decode(
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return Decode(split, template(lse_shape, q.device), bind_merge(operands, num_splits) if parts else None)
+    return Decode(split, statistic_like(q), bind_merge(operands, num_splits) if parts else None)
 
 
 def result_strides(q: Tensor) -> tuple[int, int, int]:
@@ -282,8 +288,7 @@ def decode(q: Tensor, operands: Operands, plan: Decode) -> ForwardResult:
     """One launch, or with splits two; q stands for that of the operands."""
     out, softmax_lse = torch.empty_like(q), torch.empty_like(plan.lse_like)
     if operands.zero_tensors:
-        out.zero_()
-        softmax_lse.fill_(-math.inf)
+        clear(out, softmax_lse)
     part_out, part_lse = out, softmax_lse
     if plan.merge is not None:
         part_out, part_lse = torch.empty_like(plan.merge.out_like), torch.empty_like(plan.merge.lse_like)

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import hardware, launch, torch_ops
-from flash_attn.backends import requested_backend
+from flash_attn import hardware, torch_ops
 from flash_attn.backends.launcher import Launcher
-from flash_attn.dispatch import MAX_PLANS, contiguous_last
+from flash_attn.dispatch import MAX_PLANS, contiguous_last, current_scope
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.launch.rotary import power_of_two, rotary_config
 
@@ -169,7 +168,7 @@ _plans: dict[Any, Plan] = {}
 def _rotate(x: Tensor, turn: Turn, inplace: bool) -> Tensor:
     """One rotation, the way its plan says."""
     cos, sin, offset, offsets, cu_seqlens, max_seqlen, *options = turn
-    scope = (requested_backend(), launch.pins())
+    scope = current_scope()
     key = (*map(_traits, (x, offsets, cu_seqlens)), *map(_table_traits, (cos, sin)), *options, inplace, scope)
     plan = _plans.get(key)
     if plan is None:
