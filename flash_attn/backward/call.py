@@ -92,7 +92,7 @@ def make_words(
     max_seqlen_k: int | None = None,
 ) -> Words:
     """The options as plain numbers: callers also pass one-element tensors."""
-    if dropout_p > 0.0 and torch.compiler.is_compiling() and get_dynamic_layer_stack_depth() > 0:
+    if dropout_p > 0.0 and torch.compiler.is_compiling() and transform_depth() > 0:
         raise NotImplementedError(COMPILED_RANDOMNESS)
     if softmax_scale is None:
         softmax_scale = headdim**-0.5 if headdim > 0 else 1.0
@@ -108,6 +108,16 @@ def make_words(
     )
 
 
+def transform_depth() -> int:
+    """How many transforms of torch.func are at work."""
+    return get_dynamic_layer_stack_depth()
+
+
+# torch.compiler.assume_constant_result without importing the compiler: torch 2.11's does not know the function, and a
+# transform is at the same depth while it is traced.
+transform_depth._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(...), or its forward alone where nothing needs a gradient, which saves autograd's host time.
 
@@ -115,7 +125,7 @@ def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
-        if get_dynamic_layer_stack_depth() > 1:  # the compiler takes an outer derivative for zero
+        if transform_depth() > 1:  # the compiler takes an outer derivative for zero
             raise NotImplementedError(NESTED)
         arguments = _distinct(arguments)
     if forward_ad._current_level >= 0:

@@ -7,10 +7,12 @@ mutates the caches; otherwise straight to its implementation, which saves the di
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from flash_attn import dispatch, launch
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
@@ -60,23 +62,23 @@ def attend_with_cache(
         k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks
     )
     if not listens:
-        try:
+        with _outside_transforms((q, k_cache, v_cache, *tensors)):
             return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
-        except RuntimeError as error:
-            _refuse_transforms((q, k_cache, v_cache, *tensors), error)
-            raise
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     *arrays, slopes, sinks = (None if x is None else x.detach() for x in tensors)
     return _wrapped_flash_attn_with_kvcache(q, k_cache, v_cache, *arrays, *numbers, slopes, num_splits, sinks)
 
 
-def _refuse_transforms(tensors: tuple[Tensor | None, ...], error: RuntimeError) -> None:
-    """Say what an error comes from where it comes from tensors of torch.func, which have no memory of their own."""
+def _outside_transforms(tensors: tuple[Tensor | None, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Where torch.func does not wrap what is allocated: tensors that it has wrapped have no memory of their own."""
+    if not torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
     if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
         raise UnsupportedProblem(
             "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
-        ) from error
+        )
+    return temporarily_clear_interpreter_stack()
 
 
 @contextlib.contextmanager

@@ -538,7 +538,7 @@ def test_dual_numbers_are_refused(requires_grad, device, seed):
         assert flash_attn_func(*(q.detach(),) * 3).isfinite().all()
 
 
-@everywhere
+@pytest.mark.parametrize("device", calls.places("cpu", "interpreter", "gpu"), indirect=True)
 def test_what_a_transform_does_not_see_is_left_alone(device, seed):
     """A call on constants, under jvp too, and a cache that no level of a transform has made."""
     q = randn(B, S, H, D, device=device, seed=seed)

@@ -103,7 +103,8 @@ def test_forward_and_gradients(installed, case, seed):
     expected(case, inputs).check(**results)
     forwards = list(dispatch._plans.values())
     assert {plan.backend.name for plan in forwards} == {"flaggems"}
-    assert {plan.backend.name for forward in forwards for plan in forward.backward_plans.values()} == {"portable"}
+    backwards = {plan.backend.name for forward in forwards for plan in forward.backward_plans.values()}
+    assert backwards and backwards <= {"portable", "hopper"}
 
 
 @pytest.mark.gpu

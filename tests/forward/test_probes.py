@@ -75,7 +75,10 @@ def exact_on(*names):
 @exact_on("cpu", "gpu")
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_huge_scores_neither_overflow_nor_lose_the_winner(dtype, device, seed):
-    """Scores of thousands: one weight is 1, the others 0, and the gradients stay finite."""
+    """Scores of thousands: one weight is 1, the others 0, and the gradients stay finite.
+
+    The fused multiply-add that subtracts the row's maximum rounds by 2^-24 of it; then weight and output are rounded.
+    """
     q, k, v = (calls.randn(1, 129, 2, 64, dtype=dtype, device=device, seed=seed + i) for i in range(3))
     q, k = 40 * q, 40 * k
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -87,7 +90,9 @@ def test_huge_scores_neither_overflow_nor_lose_the_winner(dtype, device, seed):
     torch.testing.assert_close(lse.double(), best, rtol=1e-5, atol=1.0)
     clear = scores.topk(2, -1).values[..., 0] - scores.topk(2, -1).values[..., 1] > 30
     picked = torch.gather(v.transpose(1, 2), 2, winner[..., None].expand(-1, -1, -1, 64)).transpose(1, 2)
-    assert torch.equal(out[clear.transpose(1, 2)], picked[clear.transpose(1, 2)])
+    roundoff = best.abs().max().item() * 2**-24 + torch.finfo(dtype).eps
+    assert clear.any() and roundoff < 0.01
+    torch.testing.assert_close(out[clear.transpose(1, 2)], picked[clear.transpose(1, 2)], rtol=roundoff, atol=0.0)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 
