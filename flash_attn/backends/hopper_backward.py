@@ -248,15 +248,16 @@ def bind_one_pass(
         problem, operands, dout, out, softmax_lse, gradients.dq, config, fixed, blocks
     )
     launch_products = _bind_products(problem, operands, dout, softmax_lse, gradients, config, fixed, blocks)
-    size = nheads * num_dq_blocks * config.block_m * pad
+    size, num_turns = nheads * num_dq_blocks * config.block_m * pad, nheads * num_dq_blocks
 
     def launch(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
                counter: Tensor) -> None:  # fmt: skip
         dq_sum = torch.empty(size, dtype=torch.float32, device=dout.device)
+        turns = torch.empty(num_turns, dtype=torch.int32, device=dout.device) if problem.deterministic else None
         optional = optional_tensors(operands)
-        launch_rows(out, dout, delta, dq_sum, *optional[:4])
-        launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, softmax_lse, delta,
-                        *optional[:5], counter)  # fmt: skip
+        launch_rows(out, dout, delta, dq_sum, turns, *optional[:4])
+        launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, turns, softmax_lse,
+                        delta, *optional[:5], counter)  # fmt: skip
         launch_convert(dq_sum, gradients.dq, *optional[:4])
 
     return launch
@@ -290,11 +291,12 @@ def _bind_products(
             dk_map(p[4]),
             dv_map(p[5]),
             p[6],
-            (p[7], *row_strides),
+            p[7],
             (p[8], *row_strides),
-            (p[9], p[10], p[11], p[12], None),
-            (fixed.scale, fixed.softcap, p[13], *fixed.score_rest),
-            p[14],
+            (p[9], *row_strides),
+            (p[10], p[11], p[12], p[13], None),
+            (fixed.scale, fixed.softcap, p[14], *fixed.score_rest),
+            p[15],
             *blocks,
             *tiles.sizes,
         )
@@ -305,7 +307,7 @@ def _bind_products(
         "K_STAGES": config.k_stages,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 7, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 8, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
     return Launcher(attn_bwd_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -336,7 +338,8 @@ def _bind_rows(
             (p[1], *dout_strides),
             (p[2], *row_strides),
             p[3],
-            (p[4], p[5], p[6], p[7], None),
+            p[4],
+            (p[5], p[6], p[7], p[8], None),
             *sizes,
         )
 
@@ -351,7 +354,7 @@ def _bind_rows(
     }
     programs = blocks[1] * nheads * fixed.batch_size
     options = {"num_warps": 4}
-    rows_kinds = (*[arguments.Tensor] * 3, None, arguments.Sequences)
+    rows_kinds = (*[arguments.Tensor] * 3, None, None, arguments.Sequences)
     convert_kinds = (None, arguments.Tensor, arguments.Sequences, arguments.Score)
     return (
         Launcher(attn_bwd_rows_kernel, programs, build_rows, rows_kinds, constants, options),

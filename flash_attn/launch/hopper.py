@@ -72,11 +72,17 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    if pad == 64 and max(problem.seqlen_q, problem.seqlen_k) <= SHORT and problem.window[0] is None:
-        return TWO_CONSUMERS_SHORT
-    if pad == 64 and (problem.window[0] is not None or (problem.causal and problem.seqlen_q <= SHORT_CAUSAL)):
+    if pad == 64 and problem.window[0] is not None:
         return TWO_CONSUMERS
-    return FORWARD[pad][problem.causal]
+    config, longest = FORWARD[pad], max(problem.seqlen_q, problem.seqlen_k)
+    if pad == 64 and longest <= (SHORT_CAUSAL if problem.causal else SHORT):
+        config = TWO_CONSUMERS_SHORT
+    elif pad == 64 and problem.causal and problem.seqlen_q <= SHORT_CAUSAL:
+        config = TWO_CONSUMERS
+    if not problem.causal:
+        return config
+    bytes_kv = 4 * problem.seqlen_k * pad * problem.nheads_k // max(1, problem.nheads)  # of one query head
+    return config._replace(heads_together=max(FORWARD_HEADS_TOGETHER, FORWARD_L2_SHARE // max(1, bytes_kv)))
 
 
 def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
@@ -91,7 +97,7 @@ def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | H
 @functools.lru_cache(maxsize=4096)
 def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
     pad = head_dim_pad(problem.headdim)
-    if problem.deterministic or pad not in ONE_PASS or (problem.softcap and ONE_PASS[pad].block_m == 128):
+    if pad not in ONE_PASS or (problem.softcap and ONE_PASS[pad].block_m == 128):
         bytes_k = 4 * problem.seqlen_k * pad // 2  # half of K and V, of which causal rows see half
         bytes_q = 4 * problem.seqlen_q * pad * (problem.nheads // problem.nheads_k)
         dq, dkdv = TWO_PASS[pad][problem.softcap or problem.alibi]
@@ -140,25 +146,18 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
 LONG, LONG_CAUSAL = 2048, 8192
 ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 
-# (not causal, causal); H200, bf16, 16k tokens, hidden 2048, 2026-11-22
+# H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {
-    64: (
-        HopperForwardConfig(3, 128, 2, True, True, 160, 1),
-        HopperForwardConfig(3, 128, 2, True, True, 160, 8),
-    ),
-    128: (
-        HopperForwardConfig(2, 128, 2, True, True, 240, 1),
-        HopperForwardConfig(2, 128, 2, True, True, 240, 8),
-    ),
-    256: (
-        HopperForwardConfig(2, 64, 2, False, False, 240, 1),
-        HopperForwardConfig(2, 64, 2, False, False, 240, 8),
-    ),
+    64: HopperForwardConfig(3, 128, 2, True, True, 160, 1),
+    128: HopperForwardConfig(2, 128, 2, True, True, 240, 1),
+    256: HopperForwardConfig(2, 64, 2, False, False, 240, 1),
 }
-# where tiles of 192 rows waste more on the diagonal than they gain, and where masks of two sides do not fit the 160 registers
-# of three consumers' threads
-SHORT_CAUSAL = 2048  # tokens
+# where masks of two sides do not fit the 160 registers of three consumers' threads
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 2, True, False, 240, 8)
-# where the last of the tiles of 192 rows is a third full; a third stage is worth 8 % here and costs 2 % at 4k tokens
-SHORT = 1024
-TWO_CONSUMERS_SHORT = TWO_CONSUMERS._replace(num_stages=3)
+# tokens up to which tiles of 192 rows waste more, on the diagonal or in the last one, than they gain; a third stage is worth
+# 8 % at 1k tokens, 1.5 % at 2k causal ones, and costs 2 % at 4k
+SHORT, SHORT_CAUSAL = 1024, 2048
+TWO_CONSUMERS_SHORT = HopperForwardConfig(2, 128, 3, True, False, 240, 1)
+# of causal tiles: keys and values drawn in turn that still hit the L2 cache, and heads that make up for the tail of long
+# tiles; at 1k tokens 4 to 9 % faster than 8 heads, at 4k 1 to 4 %
+FORWARD_L2_SHARE, FORWARD_HEADS_TOGETHER = 2**25, 16

@@ -42,9 +42,7 @@ def backward_variants() -> list[tuple[Variant, bool]]:
     found = []
     for headdim in (64, 128, 256):
         for deterministic in (False, True)[: 1 if headdim == 256 else 2]:  # at head dim 256 the two are one
-            kinds = [(True, "plain"), (True, "scores")]
-            if not deterministic:
-                kinds += [(False, "plain"), (True, "varlen")]
+            kinds = [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")]
             found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), deterministic) for kind in kinds]
     return [*found, (Variant("backward", "sm_90", 96, "float16", long=True), False)]
 
@@ -66,7 +64,7 @@ def test_backward(variant, deterministic, tmp_path):
         hopper.backward(problem, operands, torch.empty_like(q), torch.empty_like(q), softmax_lse, gradients)
     passes = {launch.kernel for launch in launches}
     assert passes == (
-        {"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant, deterministic) else ONE_PASS
+        {"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant) else ONE_PASS
     )
     for launch in launches:
         report, (spills, reason) = launch.report, budget(launch.kernel, variant.pad, variant.feature)
@@ -82,5 +80,5 @@ AROUND = {"attn_bwd_rows_kernel", "attn_bwd_convert_kernel"}
 ONE_PASS = {"attn_bwd_kernel"} | AROUND
 
 
-def two_passes(variant: Variant, deterministic: bool) -> bool:
-    return deterministic or variant.pad == 256 or (variant.pad == 64 and variant.feature == "scores")
+def two_passes(variant: Variant) -> bool:
+    return variant.pad == 256 or (variant.pad == 64 and variant.feature == "scores")

@@ -26,6 +26,7 @@ from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_b
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
 from flash_attn.kernels.hopper.backward_tiles import (
     allocate_statistics,
+    first_group_block,
     load_statistic,
     next_group_block,
     tile_weights,
@@ -56,6 +57,8 @@ from flash_attn.kernels.hopper.schedule import (
     announce,
     announced_span,
     clear_counter,
+    draw,
+    first_tile,
     full_query_blocks,
     next_tile,
     tile_at,
@@ -73,9 +76,10 @@ def load_partition(
     DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
+    DOWN: gl.constexpr = work.in_order is not None
     BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = next_tile(gl.program_id(0), sequences, work, window, BLOCK_N)
+    index = next_tile(first_tile(work), sequences, work, window, BLOCK_N)
     announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
     t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
     while index < work.num_tiles:
@@ -89,10 +93,10 @@ def load_partition(
             if WITH_DK:
                 fill(v_ring, slot, k_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        index = next_tile(gl.num_programs(0) + gl.atomic_add(work.counter, 1), sequences, work, window, BLOCK_N)
+        index = next_tile(draw(work), sequences, work, window, BLOCK_N)
         announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        head, m_block = head_k * work.group, begin
+        head, m_block = head_k * work.group, first_group_block(begin, end, DOWN)
         for _step in range((end - begin) * work.group):
             first = m_block * BLOCK_M
             lse = load_statistic(softmax_lse, batch, head, span, first, float("-inf"), BLOCK_M)
@@ -107,7 +111,7 @@ def load_partition(
                 row_delta.index(d_slot).store(row_deltas)
                 mbarrier.arrive(dout_ring.full.index(d_slot), count=1)
             d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-            head, m_block = next_group_block(head, m_block, begin, end)
+            head, m_block = next_group_block(head, m_block, begin, end, DOWN)
     clear_counter(work)
 
 
@@ -163,7 +167,7 @@ def accumulate_dkdv(
         old_q, old_d = q_slot, d_slot
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-        head, m_block = next_group_block(head, m_block, begin, end)
+        head, m_block = next_group_block(head, m_block, begin, end, False)
         if score.alibi_slopes is not None:
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         # behind the last block this multiplies whatever lies there, and nothing reads it

@@ -51,6 +51,8 @@ from flash_attn.kernels.hopper.schedule import (
     announce,
     announced_span,
     clear_counter,
+    draw,
+    first_tile,
     full_key_blocks,
     next_tile,
     tile_at,
@@ -69,7 +71,7 @@ def load_partition(
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = next_tile(gl.program_id(0), sequences, work, window, BLOCK_M)
+    index = next_tile(first_tile(work), sequences, work, window, BLOCK_M)
     announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
     t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
     while index < work.num_tiles:
@@ -88,7 +90,7 @@ def load_partition(
             fill(dout_ring, slot, q_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
             fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-        index = next_tile(gl.num_programs(0) + gl.atomic_add(work.counter, 1), sequences, work, window, BLOCK_M)
+        index = next_tile(draw(work), sequences, work, window, BLOCK_M)
         announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         for n_block in range(begin + 1, end):

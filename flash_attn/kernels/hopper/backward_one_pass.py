@@ -21,6 +21,8 @@ dq is summed in fp32 in a workspace of 64 x 64 parts in the order of the accumul
 The order of the sum varies from run to run; dk and dv are summed in one fixed order.
 """
 
+from typing import Any, NamedTuple
+
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
@@ -29,6 +31,7 @@ from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, store_gradient
 from flash_attn.kernels.hopper.backward_tiles import (
     allocate_statistics,
+    first_group_block,
     load_rows,
     next_group_block,
     row_major_layout,
@@ -58,11 +61,21 @@ from flash_attn.kernels.hopper.schedule import (
     allocate_tiles,
     announced_span,
     full_query_blocks,
+    query_blocks,
     tile_field,
 )
 
 PART = gl.constexpr(64)  # rows and columns of one consumer's part of a dq block
 STAGES = gl.constexpr(2)  # of every ring: the dS of a block lies in the slot of its dout
+TURN_STAGES = gl.constexpr(2)  # turns given ahead
+
+
+class Turn(NamedTuple):
+    """Barriers of the consumers' turns to add to dq, (TURN_STAGES,) each."""
+
+    given: Any
+    taken: Any
+    passed: Any
 
 
 @gluon.jit
@@ -126,12 +139,74 @@ def reduce_part(pointer, part):
 
 
 @gluon.jit
+def reduce_in_turn(pointer, part, turn, count, real):
+    """`reduce_part`, in an ordered sum once it is this tile's turn, but for the spare block; and the number of turns so far."""
+    if turn is None:
+        reduce_part(pointer, part)
+    else:
+        slot, phase = count % TURN_STAGES, count // TURN_STAGES & 1
+        mbarrier.wait(turn.given.index(slot), phase, pred=real)
+        reduce_part(pointer, part)
+        mbarrier.arrive(turn.taken.index(slot), count=1, pred=real)
+        count += gl.cast(real, gl.int32)
+    return count
+
+
+@gluon.jit
+def turn_partition(
+    turns, turn, num_dq_blocks, num_m, tiles, work, window, PASSES: gl.constexpr, BLOCK_M: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """Gives the consumers their turns, each when the tile of keys before has added to the block; or, with PASSES, passes them
+    on when the consumers have added to it.
+
+    turns (nheads, num_dq_blocks) holds the number of the next tile to add to a block. Programs draw tiles in the order of
+    their keys and finish the earliest first, so that the tile that a program waits for is always under way.
+    """
+    BLOCK_N: gl.constexpr = 2 * WARPGROUP_ROWS
+    t_slot, t_phase, slot, phase = 0, 0, 0, 0
+    mbarrier.wait(tiles.full.index(t_slot), t_phase)
+    while tile_field(tiles, t_slot, 0) >= 0:
+        n_block = tile_field(tiles, t_slot, 0)
+        head, batch = tile_field(tiles, t_slot, 1) * work.group, tile_field(tiles, t_slot, 2)
+        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
+        span = announced_span(tiles, t_slot, work, PACKED)
+        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
+        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        first_key = n_block * BLOCK_N
+        last_key = gl.minimum(first_key + BLOCK_N, span.seqlen_k) - 1
+        _begin, _full_begin, _full_end, seen_end = query_blocks(first_key, last_key, span, window, BLOCK_M)
+        _begin, _full_begin, _full_end, before_end = query_blocks(first_key - BLOCK_N, first_key - 1, span, window, BLOCK_M)
+        sees = seen_end > begin  # a tile that no row sees adds one block of zeros, in any order
+        shared_end = gl.where(sees & (n_block > 0), before_end, begin)  # of the blocks to which the tile before adds, too
+        first_block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED)
+        m_block = first_group_block(begin, end, True)
+        for _step in range((end - begin) * work.group):
+            pointer = turns + gl.cast(head, gl.int64) * num_dq_blocks + first_block + m_block
+            if PASSES:
+                mbarrier.wait(turn.taken.index(slot), phase)
+                if sees:
+                    gl.atomic_xchg(pointer, n_block + 1, sem="release")
+                mbarrier.arrive(turn.passed.index(slot), count=1)
+            else:
+                mbarrier.wait(turn.passed.index(slot), phase ^ 1)
+                waits = m_block < shared_end
+                while waits:
+                    waits = gl.atomic_add(pointer, 0, sem="acquire") != n_block
+                mbarrier.arrive(turn.given.index(slot), count=1)
+            slot, phase = advance(slot, phase, TURN_STAGES)
+            head, m_block = next_group_block(head, m_block, begin, end, True)
+        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+
+
+@gluon.jit
 def accumulate(
     k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin, end,
-    full_begin, full_end, head, batch, first_block, num_dq_blocks, span, window, work, score,
+    full_begin, full_end, head, batch, first_block, num_dq_blocks, turn, turn_count, span, window, work, score,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
 ):  # fmt: skip
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end), and dq but for the last."""
+    DOWN: gl.constexpr = turn is not None
     layout: gl.constexpr = accumulator_layout(BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
     out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
@@ -146,7 +221,7 @@ def accumulate(
     k_tile = matrix(k_ring, k_slot * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
     qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
     qk = warpgroup_mma_wait(0, deps=(qk,))
-    m_block = begin
+    m_block = first_group_block(begin, end, DOWN)
     spare = num_dq_blocks - 1
     if begin * BLOCK_M >= span.seqlen_q:  # the one block of a tile that no row sees may lie past the end
         first_block = spare - begin
@@ -183,7 +258,7 @@ def accumulate(
         dv, p, dq = warpgroup_mma_wait(1, deps=(dv, p, dq))
         mbarrier.arrive(dout_ring.empty.index(slot), count=1)
         present = part_pointer(dq_sum, head, first_block + m_block, CONSUMER, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
-        head, m_block = next_group_block(head, m_block, begin, end)
+        head, m_block = next_group_block(head, m_block, begin, end, DOWN)
         if score.alibi_slopes is not None:
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         old_slot = slot
@@ -191,23 +266,23 @@ def accumulate(
         # behind the last block this multiplies whatever lies there, and nothing reads it
         mbarrier.wait(q_ring.full.index(slot), phase, pred=step + 1 < steps)
         qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
-        reduce_part(before, dq)
+        turn_count = reduce_in_turn(before, dq, turn, turn_count, step > 0)
         before = present
         dk, qk, ds = warpgroup_mma_wait(0, deps=(dk, qk, ds))
         mbarrier.arrive(q_ring.empty.index(old_slot), count=1)
-    return dk, dv, before, slot, phase
+    return dk, dv, before, slot, phase, turn_count
 
 
 @gluon.jit
 def one_pass_partition(
-    dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta,
-    work, window, score,
+    dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse,
+    row_delta, work, window, score,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
     BLOCK_N: gl.constexpr = 2 * WARPGROUP_ROWS
-    t_slot, t_phase, k_slot, k_phase, slot, phase = 0, 0, 0, 0, 0, 0
+    t_slot, t_phase, k_slot, k_phase, slot, phase, turn_count = 0, 0, 0, 0, 0, 0, 0
     mbarrier.wait(tiles.full.index(t_slot), t_phase)
     while tile_field(tiles, t_slot, 0) >= 0:
         first_key = tile_field(tiles, t_slot, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
@@ -222,10 +297,10 @@ def one_pass_partition(
         mbarrier.wait(k_ring.full.index(k_slot * 2 + 1), k_phase)
         v_index = k_slot * 2 + CONSUMER
         mbarrier.wait(v_ring.full.index(v_index), k_phase)
-        dk, dv, last, slot, phase = accumulate(
+        dk, dv, last, slot, phase, turn_count = accumulate(
             k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin,
-            end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, span, window, work, score,
-            CONSUMER, BLOCK_M, HEAD_DIM_PAD,
+            end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, turn, turn_count, span, window,
+            work, score, CONSUMER, BLOCK_M, HEAD_DIM_PAD,
         )  # fmt: skip
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)
         mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
@@ -235,7 +310,7 @@ def one_pass_partition(
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_ring.empty.index(k_slot * 2), count=1)
         mbarrier.arrive(k_ring.empty.index(k_slot * 2 + 1), count=1)
-        reduce_part(last, dq)
+        turn_count = reduce_in_turn(last, dq, turn, turn_count, True)
         tma.store_wait(0)
         dk = dk * gradient_scale(score)
         store_gradient(dk_desc, buffer, dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
@@ -247,13 +322,15 @@ def one_pass_partition(
 
 @gluon.jit(do_not_specialize=[*SIZES, "num_dq_blocks", "num_m"])
 def attn_bwd_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, softmax_lse, delta, sequences, score, counter,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, turns, softmax_lse, delta, sequences, score, counter,
     num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
     window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
-    work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, 1)
+    ORDERED: gl.constexpr = turns is not None
+    sizes = num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k
+    work = Work(counter, *sizes, 1, 1 if ORDERED else None)
     window = Window(window_left, window_right)
     k_ring = allocate_ring(k_desc, K_STAGES * 2, 2)
     v_ring = allocate_ring(v_desc, K_STAGES * 2, 1)
@@ -264,15 +341,35 @@ def attn_bwd_kernel(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, BLOCK_M], q_desc.dtype)
     ds_buffers = gl.allocate_shared_memory(q_desc.dtype, [STAGES * 2, WARPGROUP_ROWS, BLOCK_M], ds_layout)
     ds_ring = Ring(ds_buffers, allocate_barriers(STAGES * 2, 1), dout_ring.empty)
-    tiles = allocate_tiles(2)
-    gl.warp_specialize([
-        (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
-                              ds_ring, row_lse, row_delta, work, window, score, 0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
-        (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, tiles, k_ring, v_ring, q_ring, dout_ring,
-                              ds_ring, row_lse, row_delta, work, window, score, 1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
-        (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
-                          row_lse, row_delta, sequences, work, window, 2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
-    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    if ORDERED:
+        tiles = allocate_tiles(4)
+        turn = Turn(allocate_barriers(TURN_STAGES, 1), allocate_barriers(TURN_STAGES, 2), allocate_barriers(TURN_STAGES, 1))
+        gl.warp_specialize([
+            (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
+                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+            (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
+                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+            (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
+                              dout_ring, row_lse, row_delta, sequences, work, window,
+                              2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
+            (turn_partition, (turns, turn, num_dq_blocks, num_m, tiles, work, window, False, BLOCK_M, PACKED)),
+            (turn_partition, (turns, turn, num_dq_blocks, num_m, tiles, work, window, True, BLOCK_M, PACKED)),
+        ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+    else:
+        tiles = allocate_tiles(2)
+        gl.warp_specialize([
+            (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
+                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+            (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
+                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+            (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
+                              dout_ring, row_lse, row_delta, sequences, work, window,
+                              2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -284,10 +381,10 @@ def block_at(index, num_m, nheads):
 
 @gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
 def attn_bwd_rows_kernel(
-    out, dout, delta, dq_sum, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
+    out, dout, delta, dq_sum, turns, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
     HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) of one query block, and zeros where its dq will be summed."""
+    """delta = rowsum(dout * out) of one query block, and zeros where its dq will be summed and its turns counted."""
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
     m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
@@ -303,6 +400,8 @@ def attn_bwd_rows_kernel(
         offsets = gl.arange(0, BLOCK_M * HEAD_DIM_PAD, layout=numbers)
         base = part_pointer(dq_sum, head, block, 0, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
         gl.store(base + offsets, gl.zeros([BLOCK_M * HEAD_DIM_PAD], gl.float32, numbers))
+        if turns is not None:
+            gl.store(turns + gl.cast(head, gl.int64) * num_dq_blocks + block, 0)
 
 
 @gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])

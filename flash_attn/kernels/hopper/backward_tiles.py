@@ -50,10 +50,25 @@ def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def next_group_block(head, m_block, begin, end):
-    """The next step of the loop over the query heads of a group and their blocks [begin, end), flattened."""
-    m_block += 1
-    if m_block == end:
+def first_group_block(begin, end, DOWN: gl.constexpr):
+    """The query block with which a tile of keys begins: the first, or the last."""
+    if DOWN:
+        m_block = end - 1
+    else:
         m_block = begin
+    return m_block
+
+
+@gluon.jit
+def next_group_block(head, m_block, begin, end, DOWN: gl.constexpr):
+    """The next step of the loop over the query heads of a group and their blocks [begin, end), flattened."""
+    if DOWN:
+        m_block -= 1
+        over = m_block < begin
+    else:
+        m_block += 1
+        over = m_block == end
+    if over:
+        m_block = first_group_block(begin, end, DOWN)
         head += 1
     return head, m_block

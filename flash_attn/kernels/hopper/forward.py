@@ -53,6 +53,8 @@ from flash_attn.kernels.hopper.schedule import (
     announce,
     announced_span,
     clear_counter,
+    draw,
+    first_tile,
     full_key_blocks,
     next_tile,
     tile_at,
@@ -83,7 +85,7 @@ def load_partition(
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = next_tile(gl.program_id(0), sequences, work, window, BLOCK_M)
+    index = next_tile(first_tile(work), sequences, work, window, BLOCK_M)
     announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
     t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
     while index < work.num_tiles:
@@ -100,7 +102,7 @@ def load_partition(
         head_k = head // work.group
         load_block(k_desc, k_ring, k_slot, k_phase, end - 1, span, batch, head_k, BLOCK_N, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        index = next_tile(gl.num_programs(0) + gl.atomic_add(work.counter, 1), sequences, work, window, BLOCK_M)
+        index = next_tile(draw(work), sequences, work, window, BLOCK_M)
         announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         for step in range(1, end - begin):

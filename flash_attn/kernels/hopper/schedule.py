@@ -29,6 +29,7 @@ class Work(NamedTuple):
     total_q: Any
     total_k: Any
     by_keys: Any = None  # 1 when tiles are key blocks
+    in_order: Any = None  # 1 when a tile may wait for one with a lower number
 
 
 @gluon.jit
@@ -37,6 +38,28 @@ def allocate_tiles(CONSUMERS: gl.constexpr):
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [TILE_STAGES * TILE_FIELDS, 1], layout)
     return Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS))
+
+
+@gluon.jit
+def first_tile(work):
+    """The number that a program starts with: its own, or where tiles wait for each other one that it draws.
+
+    A program that has not started, because others fill the GPU, then holds no tile that a running one could wait for.
+    """
+    if work.in_order is None:
+        index = gl.program_id(0)
+    else:
+        index = draw(work)
+    return index
+
+
+@gluon.jit
+def draw(work):
+    """The next number from the counter."""
+    index = gl.atomic_add(work.counter, 1)
+    if work.in_order is None:
+        index += gl.num_programs(0)
+    return index
 
 
 @gluon.jit
@@ -130,7 +153,7 @@ def next_tile(index, sequences, work, window, TILE: gl.constexpr):
             else:
                 empty = block * TILE >= span.seqlen_q
             if empty:
-                index = gl.num_programs(0) + gl.atomic_add(work.counter, 1)
+                index = draw(work)
                 empty = index < work.num_tiles
     return index
 
