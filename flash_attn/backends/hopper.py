@@ -152,7 +152,6 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     nheads = q.shape[-2]
     num_m = math.ceil(operands.max_seqlen_q / (config.consumers * CONSUMER_ROWS))
     num_tiles = num_m * fixed.batch_size * nheads
-    heads_together = math.gcd(config.heads_together, fixed.batch_size * nheads)
     q_map, k_map, v_map, out_map = (
         tensor_maps.hopper(x, rows, pad)
         for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
@@ -171,7 +170,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             p[11],
             num_tiles,
             num_m,
-            heads_together,
+            config.heads_together,
             *fixed.lengths,
         )
 

@@ -111,12 +111,7 @@ def _tiles(q: Tensor, fixed: FixedArguments, seqlen: int, nheads: int, heads_tog
     num_blocks, heads = math.ceil(seqlen / TILE), fixed.batch_size * nheads
     num_tiles = num_blocks * heads
     num_programs = min(num_tiles, devices.of(q.device).num_sms)
-    return Tiles(num_programs, (num_tiles, num_blocks, _together(heads_together, heads), *fixed.lengths))
-
-
-def _together(wanted: int, heads: int) -> int:
-    """The largest number of heads up to `wanted` that divides them into equal groups."""
-    return next(number for number in range(min(wanted, heads), 0, -1) if heads % number == 0) if heads else 1
+    return Tiles(num_programs, (num_tiles, num_blocks, heads_together, *fixed.lengths))
 
 
 def _key_maps(

@@ -1,13 +1,16 @@
 """The gradients of the Hopper backend compile for sm_90: unserialised, with few spills, within shared memory."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from flash_attn import hardware as devices
+from flash_attn import launch
 from flash_attn.backends import hopper
 from flash_attn.backends.base import Gradients
+from flash_attn.launch.hopper import ONE_PASS, TWO_PASS
 from tests.compile import variants
 from tests.compile.budgets import BUDGETED
 from tests.compile.variants import Variant
@@ -21,7 +24,7 @@ BUDGETS: dict[tuple[str | None, int | None, str | None], tuple[int, str]] = {
         400,
         "all score features at once; each alone keeps the loop within 100 bytes",
     ),
-    ("attn_bwd_kernel", 128, None): (136, "one stage of K and V: around the loop; none inside"),
+    ("attn_bwd_kernel", 128, None): (144, "one stage of K and V: around the loop; none inside"),
     ("attn_bwd_dkdv_kernel", 128, "scores"): (400, "all score features at once"),
     ("attn_bwd_dq_kernel", 64, "scores"): (448, "all score features at once"),
     ("attn_bwd_dq_kernel", 256, None): (448, "around the loop, where out is multiplied by dout; none inside"),
@@ -38,17 +41,23 @@ def budget(kernel: str, pad: int, feature: str) -> tuple[int, str]:
     return DEFAULT
 
 
-def backward_variants() -> list[tuple[Variant, bool]]:
-    found = []
+KINDS = {  # of the sum of dq: whether causal, and features
+    "any order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")],
+    "in order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")],
+    "two passes": [(True, "plain"), (True, "scores")],
+}
+
+
+def backward_variants() -> list[tuple[Variant, str]]:
+    found = [(Variant("backward", "sm_90", 96, "float16", long=True), "any order")]
     for headdim in (64, 128, 256):
-        for deterministic in (False, True)[: 1 if headdim == 256 else 2]:  # at head dim 256 the two are one
-            kinds = [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")]
-            found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), deterministic) for kind in kinds]
-    return [*found, (Variant("backward", "sm_90", 96, "float16", long=True), False)]
+        for form in KINDS if headdim <= 128 else ["any order"]:  # at head dim 256 all are two passes
+            found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), form) for kind in KINDS[form]]
+    return found
 
 
-@pytest.mark.parametrize("variant, deterministic", backward_variants(), ids=str)
-def test_backward(variant, deterministic, tmp_path):
+@pytest.mark.parametrize("variant, form", backward_variants(), ids=str)
+def test_backward(variant, form, tmp_path):
     problem, operands = variants.operands_of(variant)
     q, k, v, *_ = operands
     statistic = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
@@ -59,26 +68,32 @@ def test_backward(variant, deterministic, tmp_path):
         compiling_for("sm_90", str(tmp_path)) as launches,
         mock.patch.object(devices, "of", lambda device: ARCHITECTURE.hardware),
         mock.patch.object(hopper, "tile_counter", lambda device: counter),
+        launch.pinned(**pins(variant, form)),
     ):
-        problem = problem._replace(deterministic=deterministic)
+        problem = problem._replace(deterministic=form != "any order")
         hopper.backward(problem, operands, torch.empty_like(q), torch.empty_like(q), softmax_lse, gradients)
     passes = {launch.kernel for launch in launches}
-    assert passes == (
-        {"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant) else ONE_PASS
-    )
-    for launch in launches:
-        report, (spills, reason) = launch.report, budget(launch.kernel, variant.pad, variant.feature)
-        assert not report.warnings, f"{launch.kernel}: {report}"
+    assert passes == ({"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant, form) else ONE_PASS_KERNELS)
+    for found in launches:
+        report, (spills, reason) = found.report, budget(found.kernel, variant.pad, variant.feature)
+        assert not report.warnings, f"{found.kernel}: {report}"
         assert not BUDGETED or report.spill_bytes <= spills, (
-            f"{launch.kernel} may spill {spills} bytes ({reason}): {report}"
+            f"{found.kernel} may spill {spills} bytes ({reason}): {report}"
         )
-        assert report.shared_memory <= ARCHITECTURE.shared_memory, f"{launch.kernel}: {report}"
-        assert (report.wgmma > 0) == (report.tma > 0) == (launch.kernel not in AROUND), f"{launch.kernel}: {report}"
+        assert report.shared_memory <= ARCHITECTURE.shared_memory, f"{found.kernel}: {report}"
+        assert (report.wgmma > 0) == (report.tma > 0) == (found.kernel not in AROUND), f"{found.kernel}: {report}"
 
 
 AROUND = {"attn_bwd_rows_kernel", "attn_bwd_convert_kernel"}
-ONE_PASS = {"attn_bwd_kernel"} | AROUND
+ONE_PASS_KERNELS = {"attn_bwd_kernel"} | AROUND
 
 
-def two_passes(variant: Variant) -> bool:
-    return variant.pad == 256 or (variant.pad == 64 and variant.feature == "scores")
+def pins(variant: Variant, form: str) -> dict[str, Any]:
+    """The configuration of a form that the sizes of a variant do not ask for by themselves."""
+    if two_passes(variant, form):
+        return {"hopper_backward": TWO_PASS[variant.pad][variant.feature == "scores"]}
+    return {"hopper_backward": ONE_PASS[variant.pad]} if form == "in order" and variant.causal else {}
+
+
+def two_passes(variant: Variant, form: str) -> bool:
+    return form == "two passes" or variant.pad == 256 or (variant.pad == 64 and variant.feature == "scores")

@@ -13,12 +13,17 @@ from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.hardware import CPU, Hardware
 from flash_attn.launch.hopper import (
     CONSUMER_ROWS,
+    FEWEST_IN_ORDER,
     FORWARD,
+    HEADS_IN_ORDER,
     SHORT,
     SHORT_CAUSAL,
     TWO_CONSUMERS,
     TWO_CONSUMERS_SHORT,
+    HopperOnePassConfig,
+    HopperTwoPassConfig,
     head_dim_pad,
+    hopper_backward_config,
     hopper_forward_config,
 )
 from flash_attn.problem import AttentionProblem, describe
@@ -232,8 +237,12 @@ def test_strides_of_single_elements_do_not_matter():
     assert not describe(odd, none, none, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned, "a map has no empty side"
 
 
-CONFIGS = {(pad, config) for pad, row in FORWARD.items() for config in row}
-CONFIGS |= {(64, TWO_CONSUMERS), (64, TWO_CONSUMERS_SHORT)}
+def one_head(config):
+    """A configuration but for the order of its tiles."""
+    return config._replace(heads_together=1)
+
+
+CONFIGS = {*FORWARD.items(), (64, one_head(TWO_CONSUMERS)), (64, TWO_CONSUMERS_SHORT)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -272,23 +281,65 @@ def test_every_problem_has_a_configuration():
         assert pad in FORWARD and headdim <= pad and (pad == 64 or pad < 2 * headdim)
         for window in ((None, None), (None, 0), (9, 9)):
             config = hopper_forward_config(problem(headdim=headdim, window=window))
-            assert (pad, config) in CONFIGS
+            assert (pad, one_head(config)) in CONFIGS
     causal = problem(headdim=64, window=(None, 0), seqlen_q=SHORT_CAUSAL, seqlen_k=SHORT_CAUSAL)
-    assert hopper_forward_config(causal) is TWO_CONSUMERS
-    assert hopper_forward_config(causal._replace(seqlen_q=2 * SHORT_CAUSAL)) is FORWARD[64][1]
-    assert hopper_forward_config(causal._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0))) is TWO_CONSUMERS
-    assert hopper_forward_config(causal._replace(window=(None, None))) is FORWARD[64][0]
-    for window in ((None, 0), (None, None)):
-        short = causal._replace(window=window, seqlen_q=SHORT, seqlen_k=SHORT)
-        assert hopper_forward_config(short) is TWO_CONSUMERS_SHORT
-        assert hopper_forward_config(short._replace(seqlen_k=2 * SHORT)) is not TWO_CONSUMERS_SHORT
+    long, full = causal._replace(seqlen_k=2 * SHORT_CAUSAL), causal._replace(window=(None, None))
+    for given, wanted in (
+        (causal, TWO_CONSUMERS_SHORT),
+        (long, one_head(TWO_CONSUMERS)),
+        (long._replace(seqlen_q=2 * SHORT_CAUSAL), FORWARD[64]),
+        (long._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0)), one_head(TWO_CONSUMERS)),
+        (full, FORWARD[64]),
+        (full._replace(seqlen_q=SHORT, seqlen_k=SHORT), TWO_CONSUMERS_SHORT),
+        (full._replace(seqlen_q=SHORT, seqlen_k=2 * SHORT), FORWARD[64]),
+    ):
+        assert one_head(hopper_forward_config(given)) == wanted
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_heads_of_causal_tiles_share_the_cache(direction):
+    """The fewer, the more their keys, or queries, take; heads of a group share them. All heads of others run in turn."""
+    config_of = {"forward": hopper_forward_config, "backward": hopper_backward_config}[direction]
+
+    def heads(**words):
+        return config_of(problem(**{"nheads": 4, "nheads_k": 4, **words})).heads_together
+
+    lengths = [{"seqlen_q": n, "seqlen_k": n, "window": (None, 0)} for n in (512, 2048, 8192, 2**20)]
+    counts = [heads(**each) for each in lengths]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 4 * counts[-1] >= 32
+    grouped = heads(**{"nheads_k": 2, **lengths[0]})
+    assert grouped == (counts[0] * 2 if direction == "forward" else counts[0] // 2)
+    assert heads(window=(None, None)) == 1
+
+
+def test_deterministic_gradients_take_one_pass_where_programs_do_not_queue():
+    def config(headdim, seqlen, causal, **words):
+        words = {"nheads": 32, "nheads_k": 32, "batch_size": 4, **words}
+        window = (None, 0 if causal else None)
+        return hopper_backward_config(
+            problem(headdim=headdim, seqlen_q=seqlen, seqlen_k=seqlen, window=window, deterministic=True, **words)
+        )
+
+    for headdim, causal, two_passes, one_pass in (
+        (64, True, 2048, 4096),
+        (128, True, 1024, 2048),
+        (64, False, 512, 1024),
+        (128, False, 256, 512),
+    ):
+        assert isinstance(config(headdim, two_passes, causal), HopperTwoPassConfig)
+        assert isinstance(config(headdim, one_pass, causal), HopperOnePassConfig)
+    assert isinstance(config(128, 4096, True, nheads=2, nheads_k=2, batch_size=1), HopperTwoPassConfig), "two heads"
+    assert isinstance(config(256, 4096, True), HopperTwoPassConfig), "no registers"
+    assert isinstance(config(64, 4096, True, softcap=True), HopperTwoPassConfig), "no registers"
+    assert config(128, 2048, False).heads_together > config(128, 16384, False).heads_together == FEWEST_IN_ORDER
+    assert config(128, 4096, True, nheads_k=8).heads_together == HEADS_IN_ORDER // 4
 
 
 def test_a_pinned_configuration():
-    pinned = FORWARD[128][0]._replace(ping_pong=False)
+    pinned = FORWARD[128]._replace(ping_pong=False)
     with launch.pinned(hopper_forward=pinned):
         assert hopper_forward_config(problem()) is pinned
-    assert hopper_forward_config(problem()) is FORWARD[128][0]
+    assert hopper_forward_config(problem()) is FORWARD[128]
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def load_partition(
     DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
-    DOWN: gl.constexpr = work.in_order is not None
+    IN_ORDER: gl.constexpr = work.in_order is not None
     BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1, 0, 1, 0, 1
     index = next_tile(first_tile(work), sequences, work, window, BLOCK_N)
@@ -93,10 +93,11 @@ def load_partition(
             if WITH_DK:
                 fill(v_ring, slot, k_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        index = next_tile(draw(work), sequences, work, window, BLOCK_N)
-        announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        head, m_block = head_k * work.group, first_group_block(begin, end, DOWN)
+        if not IN_ORDER:
+            index = next_tile(draw(work), sequences, work, window, BLOCK_N)
+            announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
+            t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        head, m_block = head_k * work.group, first_group_block(begin, end, IN_ORDER)
         for _step in range((end - begin) * work.group):
             first = m_block * BLOCK_M
             lse = load_statistic(softmax_lse, batch, head, span, first, float("-inf"), BLOCK_M)
@@ -111,7 +112,11 @@ def load_partition(
                 row_delta.index(d_slot).store(row_deltas)
                 mbarrier.arrive(dout_ring.full.index(d_slot), count=1)
             d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-            head, m_block = next_group_block(head, m_block, begin, end, DOWN)
+            head, m_block = next_group_block(head, m_block, begin, end, IN_ORDER)
+        if IN_ORDER:  # the program that is done first gets the tile that others wait for first
+            index = next_tile(draw(work), sequences, work, window, BLOCK_N)
+            announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
+            t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
     clear_counter(work)
 
 

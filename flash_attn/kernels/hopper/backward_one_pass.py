@@ -19,6 +19,13 @@ of dq of the block before, so that no consumer waits for the other's present dS.
 dq is summed in fp32 in a workspace of 64 x 64 parts in the order of the accumulator's registers, so that every thread reduces
 16 adjacent bytes. `attn_bwd_rows_kernel` clears it and computes delta before; `attn_bwd_convert_kernel` brings it in order.
 The order of the sum varies from run to run; dk and dv are summed in one fixed order.
+
+With `turns`, dq is summed in the order of the keys. Query blocks are then taken from the last to the first, so that a causal
+tile does not wait for rows that it does not see, and two more warps hand the turns on:
+
+    turn       given by                      taken by       passed on by
+    block m    a warp that sees the tile     consumers      a warp that makes the sum visible and lets the next tile add to m;
+               before done with m                           it frees the slot of the turn, of which there are two
 """
 
 from typing import Any, NamedTuple
@@ -160,8 +167,9 @@ def turn_partition(
     """Gives the consumers their turns, each when the tile of keys before has added to the block; or, with PASSES, passes them
     on when the consumers have added to it.
 
-    turns (nheads, num_dq_blocks) holds the number of the next tile to add to a block. Programs draw tiles in the order of
-    their keys and finish the earliest first, so that the tile that a program waits for is always under way.
+    turns (nheads, num_dq_blocks) holds the number of the next tile to add to a block; it only grows, so that even lengths that
+    make sequences overlap leave nobody waiting. Programs draw tiles in the order of their keys and finish the earliest first:
+    the tile that a program waits for is always under way.
     """
     BLOCK_N: gl.constexpr = 2 * WARPGROUP_ROWS
     t_slot, t_phase, slot, phase = 0, 0, 0, 0
@@ -173,12 +181,13 @@ def turn_partition(
         span = announced_span(tiles, t_slot, work, PACKED)
         mbarrier.arrive(tiles.empty.index(t_slot), count=1)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        first_key = n_block * BLOCK_N
-        last_key = gl.minimum(first_key + BLOCK_N, span.seqlen_k) - 1
-        _begin, _full_begin, _full_end, seen_end = query_blocks(first_key, last_key, span, window, BLOCK_M)
-        _begin, _full_begin, _full_end, before_end = query_blocks(first_key - BLOCK_N, first_key - 1, span, window, BLOCK_M)
+        first = n_block * BLOCK_N
+        last = gl.minimum(first + BLOCK_N, span.seqlen_k) - 1
+        _begin, _full_begin, _full_end, seen_end = query_blocks(first, last, span, window, BLOCK_M)
+        _begin, _full_begin, _full_end, before_end = query_blocks(first - BLOCK_N, first - 1, span, window, BLOCK_M)
         sees = seen_end > begin  # a tile that no row sees adds one block of zeros, in any order
-        shared_end = gl.where(sees & (n_block > 0), before_end, begin)  # of the blocks to which the tile before adds, too
+        follows = sees & (n_block > 0)
+        shared_end = gl.where(follows, before_end, begin)  # the blocks below get something from the tile before, too
         first_block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED)
         m_block = first_group_block(begin, end, True)
         for _step in range((end - begin) * work.group):
@@ -186,13 +195,13 @@ def turn_partition(
             if PASSES:
                 mbarrier.wait(turn.taken.index(slot), phase)
                 if sees:
-                    gl.atomic_xchg(pointer, n_block + 1, sem="release")
+                    gl.atomic_max(pointer, n_block + 1, sem="release")
                 mbarrier.arrive(turn.passed.index(slot), count=1)
             else:
                 mbarrier.wait(turn.passed.index(slot), phase ^ 1)
                 waits = m_block < shared_end
                 while waits:
-                    waits = gl.atomic_add(pointer, 0, sem="acquire") != n_block
+                    waits = gl.atomic_add(pointer, 0, sem="acquire") < n_block
                 mbarrier.arrive(turn.given.index(slot), count=1)
             slot, phase = advance(slot, phase, TURN_STAGES)
             head, m_block = next_group_block(head, m_block, begin, end, True)
@@ -343,7 +352,8 @@ def attn_bwd_kernel(
     ds_ring = Ring(ds_buffers, allocate_barriers(STAGES * 2, 1), dout_ring.empty)
     if ORDERED:
         tiles = allocate_tiles(4)
-        turn = Turn(allocate_barriers(TURN_STAGES, 1), allocate_barriers(TURN_STAGES, 2), allocate_barriers(TURN_STAGES, 1))
+        given, taken = allocate_barriers(TURN_STAGES, 1), allocate_barriers(TURN_STAGES, 2)
+        turn = Turn(given, taken, allocate_barriers(TURN_STAGES, 1))
         gl.warp_specialize([
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
                                   dout_ring, ds_ring, row_lse, row_delta, work, window, score,

@@ -76,9 +76,10 @@ def tile_at(index, work, window):
     """(block, head, batch) of a tile, the longest first: causal rows see more keys the later they are, and causal keys are
     seen by more rows the earlier they are."""
     tiles_together = work.heads_together * work.num_blocks
+    first = index // tiles_together * work.heads_together
+    together = gl.minimum(work.heads_together, work.num_tiles // work.num_blocks - first)
     rest = index % tiles_together
-    block = rest // work.heads_together
-    batch_head = index // tiles_together * work.heads_together + rest % work.heads_together
+    block, batch_head = rest // together, first + rest % together
     heads = work.nheads
     if work.by_keys is not None:
         heads = work.nheads // work.group
