@@ -31,7 +31,7 @@ test-triton: setup
 	PYTHONPATH=.venv.triton-$(TRITON) $(RUN) -m pytest -q -n $(JOBS) tests/compile
 
 test-gpu: setup
-	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) -m "gpu and not slow" tests
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m "gpu and not slow" tests
 
 demo: setup
 	$(RUN) examples/train_gpt.py

@@ -2,8 +2,8 @@
 
 The fused operator (`aten::_scaled_dot_product_flash_attention_for_cpu`) knows full attention of any lengths and causal
 masks of square ones, returns the logsumexp and has a backward. It crashes the process on empty sequences, hides keys
-before it scales (NaN for a negative scale), and sums dk and dv in a half type; so it gets neither of the first two, and
-half types as float32.
+before it scales (NaN for a negative scale), reads keys of heads that do not exist where heads share them (torch 2.6), and
+sums dk and dv in a half type; so it gets none of the first three, and half types as float32.
 
 A strip is some query rows of some heads by all the keys those rows see: the softmax needs no second pass, and memory is
 a fixed number of elements or, for longer rows, a few rows. Sums are in float32, and in float64 for float64.
@@ -32,6 +32,10 @@ STRIP_ROWS = 128  # at most
 _aten: Any = torch.ops.aten
 _fused_forward = _aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+FUSED_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    11,
+)  # the oldest release in which it was tested
 
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -123,6 +127,8 @@ def _fused_causal(operands: Operands, span: Span) -> bool | None:
         or operands.dropout_p > 0.0
         or operands.alibi_slopes is not None
     ):
+        return None
+    if operands.q.shape[-2] != operands.k.shape[-2] and not FUSED_SHARES_HEADS:
         return None
     left, right = _span_window(operands, span)
     if left is not None or operands.softmax_scale <= 0.0:

@@ -319,7 +319,7 @@ def _bind_rows(
 ) -> tuple[Launcher, Launcher]:
     """The launches before and after: delta and zeros for dq's sum; dq."""
     from flash_attn.kernels.algebra import arguments
-    from flash_attn.kernels.hopper.backward_one_pass import attn_bwd_convert_kernel, attn_bwd_rows_kernel
+    from flash_attn.kernels.hopper.backward_dq_sum import attn_bwd_convert_kernel, attn_bwd_rows_kernel
 
     nheads = operands.q.shape[-2]
     out_strides, dout_strides, dq_strides = map(strides, (out, dout, dq))

@@ -33,6 +33,8 @@ from flash_attn.problem import AttentionProblem
 
 name = "portable"
 
+OLDEST_TRITON = (3, 5)
+
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
     """Why Triton's kernels cannot run the problem, or None."""
@@ -48,8 +50,9 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
 
 def no_kernels(dtype: str, hardware: Hardware) -> str | None:
     """Why no kernel of ours runs on operands of that dtype, whatever it computes, or None."""
-    if not _triton_installed():
-        return "Triton is not installed; `pip install triton` adds it"
+    reason = triton_missing()
+    if reason is not None:
+        return reason
     if dtype == "float64":
         return "float64 is not a Triton kernel dtype here; the reference backend computes it"
     if hardware.kind == "cpu" and not _interpreting():
@@ -58,12 +61,18 @@ def no_kernels(dtype: str, hardware: Hardware) -> str | None:
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def triton_missing() -> str | None:
+    """Why no kernel can be compiled, or None."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
-        return False
-    return True
+        return "Triton is not installed; `pip install triton` adds it"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        return (
+            f"the kernels need Triton {needed} or newer, which torch 2.9 and newer bring; this is {triton.__version__}"
+        )
+    return None
 
 
 def _interpreting() -> bool:

@@ -59,8 +59,11 @@ MODELS: dict[str, Tiny] = {
     "gpt-neox, partial rotary": Tiny("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES),
     "phi3": Tiny("Phi3Config", "Phi3ForCausalLM", GROUPED | dict(tie_word_embeddings=False)),
     "gpt2": Tiny("GPT2Config", "GPT2LMHeadModel", SIZES | dict(n_inner=40, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
-    "opt": Tiny(
-        "OPTConfig", "OPTForCausalLM", SIZES | dict(ffn_dim=40, word_embed_proj_dim=32, dropout=0.0), packs=False
+    "opt": Tiny(  # not with ReLU, at whose kink a roundoff turns a gradient on or off
+        "OPTConfig",
+        "OPTForCausalLM",
+        SIZES | dict(ffn_dim=40, word_embed_proj_dim=32, dropout=0.0, activation_function="gelu"),
+        packs=False,
     ),
     "starcoder2, one key head": Tiny("Starcoder2Config", "Starcoder2ForCausalLM", SIZES | dict(num_key_value_heads=1)),
     "deepseek-v3, values narrower than keys": Tiny(

@@ -10,7 +10,7 @@ import torch
 
 import flash_attn
 from flash_attn import backends, dispatch, launch, reference
-from flash_attn.backends import explain, select_backend, use
+from flash_attn.backends import explain, portable, select_backend, use
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.hardware import CPU, Hardware
 from flash_attn.launch import backward as backward_launch
@@ -158,6 +158,22 @@ def test_no_silent_fallback():
 )
 def test_reasons_of_the_portable_backend(dtype, hardware, words):
     assert words in explain(problem(dtype), hardware)["portable"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "release, refused", [("3.2.0", True), ("3.4.0", True), ("3.5.1", False), ("3.10.0+git1", False)]
+)
+def test_old_releases_of_triton_are_refused(monkeypatch, release, refused):
+    """An import that fails, or an attribute that is missing, would be all that a user sees."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", release)
+    monkeypatch.setattr(portable, "triton_missing", portable.triton_missing.__wrapped__)
+    wanted = (
+        f"the kernels need Triton 3.5 or newer, which torch 2.9 and newer bring; this is {release}" if refused else None
+    )
+    assert portable.no_kernels("float16", HOPPER) == wanted
 
 
 def test_reason_of_the_cpu_backend():

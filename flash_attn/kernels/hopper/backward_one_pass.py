@@ -16,9 +16,8 @@ of dq of the block before, so that no consumer waits for the other's present dS.
     dout       load: tile, and row_delta     consumers      every consumer's products with it, and with dS(m-1), are complete
     ds         one consumer each half        consumers      dout(m-1) is free: dS(m) replaces dS(m-2)
 
-dq is summed in fp32 in a workspace of 64 x 64 parts in the order of the accumulator's registers, so that every thread reduces
-16 adjacent bytes. `attn_bwd_rows_kernel` clears it and computes delta before; `attn_bwd_convert_kernel` brings it in order.
-The order of the sum varies from run to run; dk and dv are summed in one fixed order.
+dq is summed in the workspace of `backward_dq_sum`. The order of the sum varies from run to run; dk and dv are summed in one
+fixed order.
 
 With `turns`, dq is summed in the order of the keys. Query blocks are then taken from the last to the first, so that a causal
 tile does not wait for rows that it does not see, and two more warps hand the turns on:
@@ -31,17 +30,14 @@ tile does not wait for rows that it does not see, and two more warps hand the tu
 from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
 from flash_attn.kernels.algebra.softmax import softmax_backward
-from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, store_gradient
+from flash_attn.kernels.hopper.backward_dq_sum import PART, first_dq_block, in_register_order, part_pointer
 from flash_attn.kernels.hopper.backward_tiles import (
     allocate_statistics,
     first_group_block,
-    load_rows,
     next_group_block,
-    row_major_layout,
     tile_weights,
 )
 from flash_attn.kernels.hopper.pipeline import (
@@ -72,7 +68,6 @@ from flash_attn.kernels.hopper.schedule import (
     tile_field,
 )
 
-PART = gl.constexpr(64)  # rows and columns of one consumer's part of a dq block
 STAGES = gl.constexpr(2)  # of every ring: the dS of a block lies in the slot of its dout
 TURN_STAGES = gl.constexpr(2)  # turns given ahead
 
@@ -102,39 +97,6 @@ def product_dq(
         left_too = left_too.slice(CONSUMER * PART, PART, dim=1)
     part = product(left.permute((1, 0)), right, PART)
     return warpgroup_mma(left_too.permute((1, 0)), right_too, part, is_async=True)
-
-
-@gluon.jit
-def in_register_order(part):
-    """A (64, 64) accumulator as (4096,), with the 4 numbers of a thread's rows r and r + 8 adjacent; moves no data."""
-    return part.reshape([4, 2, 8, 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([PART * PART])
-
-
-@gluon.jit
-def in_matrix_order(numbers):
-    """The inverse of in_register_order."""
-    return numbers.reshape([4, 8, 8, 4, 2, 2]).permute((0, 4, 2, 1, 3, 5)).reshape([PART, PART])
-
-
-@gluon.jit
-def first_dq_block(batch, start_q, num_m, BLOCK_M: gl.constexpr, PACKED: gl.constexpr):
-    """The number of a sequence's first query block among all blocks of a head in the workspace.
-
-    In a packed batch a sequence starts a new block, and no more blocks are lost than there are sequences. The last block of a
-    head belongs to no sequence: it takes sums that nobody reads, which costs less than a branch around the reductions (3 % of
-    the kernel, H200, 2026-11-22).
-    """
-    if PACKED:
-        block = start_q // BLOCK_M + batch
-    else:
-        block = batch * num_m
-    return block
-
-
-@gluon.jit
-def part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
-    """Pointer to one part of a query block's dq in the workspace, (nheads, num_dq_blocks, 2, 4096) fp32."""
-    return dq_sum + (gl.cast(head, gl.int64) * num_dq_blocks + block) * (BLOCK_M * HEAD_DIM_PAD) + part * (PART * PART)
 
 
 @gluon.jit
@@ -380,68 +342,3 @@ def attn_bwd_kernel(
                               dout_ring, row_lse, row_delta, sequences, work, window,
                               2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
-
-
-@gluon.jit
-def block_at(index, num_m, nheads):
-    """(query block, head, batch) of a program that works on one query block of one head."""
-    batch_head = index // num_m
-    return index % num_m, batch_head % nheads, batch_head // nheads
-
-
-@gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
-def attn_bwd_rows_kernel(
-    out, dout, delta, dq_sum, turns, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dout * out) of one query block, and zeros where its dq will be summed and its turns counted."""
-    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
-    layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
-    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
-    span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
-    if m_block * BLOCK_M < span.seqlen_q:
-        rows = m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout)
-        out_rows = load_rows(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
-        dout_rows = load_rows(dout, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
-        row_delta = gl.sum(out_rows.to(gl.float32) * dout_rows.to(gl.float32), 1)
-        gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
-        block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
-        numbers: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        offsets = gl.arange(0, BLOCK_M * HEAD_DIM_PAD, layout=numbers)
-        base = part_pointer(dq_sum, head, block, 0, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
-        gl.store(base + offsets, gl.zeros([BLOCK_M * HEAD_DIM_PAD], gl.float32, numbers))
-        if turns is not None:
-            gl.store(turns + gl.cast(head, gl.int64) * num_dq_blocks + block, 0)
-
-
-@gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
-def attn_bwd_convert_kernel(
-    dq_sum, dq, sequences, score, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
-):  # fmt: skip
-    """dq of one query block from its sum in the workspace."""
-    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
-    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
-    span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
-    order: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    layout: gl.constexpr = row_major_layout(PART)
-    dtype: gl.constexpr = dq.ptr.dtype.element_ty
-    staging = gl.allocate_shared_memory(dtype, [2, PART, PART], gl.NVMMASharedLayout(128, 16, rank=2))
-    if m_block * BLOCK_M < span.seqlen_q:
-        block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
-        offsets = gl.arange(0, PART * PART, layout=order)
-        for part in gl.static_range(2):
-            base = part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
-            tile = in_matrix_order(gl.load(base + offsets)) * gradient_scale(score)
-            staging.index(part).store(tile.to(dtype))
-            rows = m_block * BLOCK_M + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-            dims = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
-            if BLOCK_M == PART:
-                dims += part * PART
-            else:
-                rows += part * PART
-            mask = (rows < span.seqlen_q)[:, None]
-            if HEAD_DIM != HEAD_DIM_PAD:
-                mask = mask & (dims < HEAD_DIM)[None, :]
-            pointers = sequence_base(dq, batch, head, span.start_q) + rows.to(gl.int64)[:, None] * dq.stride_s
-            gl.store(pointers + dims[None, :], staging.index(part).load(layout), mask=mask)
