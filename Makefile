@@ -3,6 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 GPU_JOBS ?= 16
 TRITON ?= 3.9.0
+TORCH ?= 2.11.0
 
 RUN := .venv/bin/python
 NOT_HERE := not gpu and not slow
@@ -12,7 +13,7 @@ if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "ski
 numpy-suits-interpreter := $(RUN) -c "import numpy; exit(int(numpy.__version__.split('.')[1]) >= 4)"
 lint-with = $(call if-installed,ruff,$(RUN) -m ruff $(1))
 
-.PHONY: test test-interpreter test-rest test-triton test-gpu demo demo-serve bench lint typecheck wheel format setup clean
+.PHONY: test test-interpreter test-rest test-triton test-torch test-gpu demo demo-serve bench lint typecheck wheel format setup clean
 
 # One at a time and in this order, so that the last line is pytest's summary.
 .NOTPARALLEL:
@@ -29,6 +30,14 @@ test-rest: setup
 test-triton: setup
 	$(RUN) -m pip install -q --no-deps --upgrade --target .venv.triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=.venv.triton-$(TRITON) $(RUN) -m pytest -q -n $(JOBS) tests/compile
+
+# The tests that need no GPU with another release of torch, in an environment of their own.
+test-torch:
+	$(PYTHON) -m venv .venv.torch-$(TORCH)
+	.venv.torch-$(TORCH)/bin/python -m pip install -q -c constraints/python.txt \
+		torch==$(TORCH) einops numpy pytest pytest-xdist hypothesis
+	env -u TRITON_INTERPRET .venv.torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) --dist worksteal \
+		-m "not interpreter and $(NOT_HERE)" --ignore tests/compile tests
 
 test-gpu: setup
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m "gpu and not slow" tests
@@ -60,4 +69,4 @@ setup:
 	@$(PYTHON) tools/setup_env.py
 
 clean:
-	rm -rf .venv .venv.triton-* build dist demo *.egg-info
+	rm -rf .venv .venv.triton-* .venv.torch-* build dist demo *.egg-info

@@ -32,10 +32,8 @@ STRIP_ROWS = 128  # at most
 _aten: Any = torch.ops.aten
 _fused_forward = _aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-FUSED_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (
-    2,
-    11,
-)  # the oldest release in which it was tested
+# 2.11 is the oldest release in which it was tested
+FUSED_SHARES_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
