@@ -1,5 +1,6 @@
 """The Hopper backend without a Hopper GPU: what it refuses, when it is chosen, what its launches are made of."""
 
+import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -388,10 +389,12 @@ def test_a_tensor_map_is_what_triton_encodes(form, layout, monkeypatch):
     real, ours = describe_operand(x), describe_operand(x.data_ptr())
     assert not isinstance(real, tensor_maps.TensorMap) and isinstance(ours, tensor_maps.TensorMap)
     encoded = []
-    utils = SimpleNamespace(fill_tma_descriptor=lambda *words: encoded.append(words) or "map")
+    fills = ("fill_tma_descriptor", "fill_tma_descriptor_tiled")  # the second name since Triton 3.9
+    utils = SimpleNamespace(**dict.fromkeys(fills, lambda *words: encoded.append(words) or "map"))
+    ignored = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
     monkeypatch.setattr(driver.triton.runtime.driver, "_active", SimpleNamespace(utils=utils), raising=False)
     for metadata in (None, {**METADATA, "block_size": real.block_shape}):
-        arguments = [driver.make_tensordesc_arg(each, metadata) for each in (real, ours)]
+        arguments = [driver.make_tensordesc_arg(each, metadata, *ignored) for each in (real, ours)]
         if metadata is None:
             arguments = [rest for _base, *rest in arguments]
         assert arguments[0] == arguments[1]
