@@ -91,7 +91,7 @@ def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | H
 
     One pass has 5 products instead of 7, but sums dq in global memory: in an order that varies, or for deterministic results
     tile by tile, where a program waits for the one before. With large heads, or a softcap on blocks of 128 queries, it does not
-    fit the registers.
+    fit the registers; where loops are short, its beginning and end cost more than two products.
     """
     return pinned_config("hopper_backward") or _choose_backward(problem)
 
@@ -116,6 +116,9 @@ def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassC
     config = ONE_PASS.get(pad)
     if config is None or (problem.softcap and config.block_m == 128):
         return None
+    longest = max(problem.seqlen_q, problem.seqlen_k)
+    if pad == 128 and group == 1 and problem.window == (None, 0) and longest <= SHORT_TWO_PASS:
+        return None
     if pad == 128 and problem.seqlen_q > (LONG_CAUSAL if problem.causal else LONG):
         config = config._replace(k_stages=1)
     bytes_q = 8 * problem.seqlen_q * pad * group  # Q, dout and dq in fp32
@@ -135,6 +138,7 @@ def _heads_in_cache(problem: AttentionProblem, bytes_per_head: int) -> int:
     return max(HEADS_TOGETHER, L2_SHARE // max(1, bytes_per_head)) if problem.causal else 1
 
 
+SHORT_TWO_PASS = 1024  # causal tokens of head dim 128 up to which loops are so short that two passes are 5 % faster
 L2_SHARE = 24_000_000  # bytes of the 60 MB of L2 that what tiles loop over may take
 HEADS_TOGETHER = 8  # of head dim 128 or 256 and 16k tokens: 3 to 7 % faster than the one or two that the cache holds
 

@@ -19,6 +19,7 @@ from flash_attn.launch.hopper import (
     HEADS_IN_ORDER,
     SHORT,
     SHORT_CAUSAL,
+    SHORT_TWO_PASS,
     TWO_CONSUMERS,
     TWO_CONSUMERS_SHORT,
     HopperOnePassConfig,
@@ -303,7 +304,7 @@ def test_heads_of_causal_tiles_share_the_cache(direction):
     config_of = {"forward": hopper_forward_config, "backward": hopper_backward_config}[direction]
 
     def heads(**words):
-        return config_of(problem(**{"nheads": 4, "nheads_k": 4, **words})).heads_together
+        return config_of(problem(**{"nheads": 4, "nheads_k": 4, "headdim": 64, **words})).heads_together
 
     lengths = [{"seqlen_q": n, "seqlen_k": n, "window": (None, 0)} for n in (512, 2048, 8192, 2**20)]
     counts = [heads(**each) for each in lengths]
@@ -311,6 +312,13 @@ def test_heads_of_causal_tiles_share_the_cache(direction):
     grouped = heads(**{"nheads_k": 2, **lengths[0]})
     assert grouped == (counts[0] * 2 if direction == "forward" else counts[0] // 2)
     assert heads(window=(None, None)) == 1
+
+
+def test_short_causal_gradients_take_two_passes():
+    sizes = dict(seqlen_q=SHORT_TWO_PASS, seqlen_k=SHORT_TWO_PASS, window=(None, 0))
+    assert isinstance(hopper_backward_config(problem(**sizes)), HopperTwoPassConfig)
+    for other in (dict(seqlen_k=SHORT_TWO_PASS + 1), dict(nheads_k=4), dict(window=(None, None)), dict(headdim=64)):
+        assert isinstance(hopper_backward_config(problem(**{**sizes, **other})), HopperOnePassConfig)
 
 
 def test_deterministic_gradients_take_one_pass_where_programs_do_not_queue():
