@@ -72,6 +72,15 @@ CACHE_ORDER = (
 PUBLIC = list(by_position("cpu", 0))
 
 
+def test_a_compiler_that_does_not_know_the_depth_of_transforms(monkeypatch, seed):
+    """As that of torch 2.11."""
+    rules = torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    monkeypatch.delitem(rules, torch._C._functorch.get_dynamic_layer_stack_depth, raising=False)
+    q, k, v = (randn(B, S, H, D, seed=seed + i).requires_grad_() for i in range(3))
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="eager")
+    calls.assert_near(compiled(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
+
+
 @everywhere
 @pytest.mark.parametrize("name", PUBLIC)
 def test_compiles_whole_with_every_option_by_position(name, device, seed, unpoisoned):
