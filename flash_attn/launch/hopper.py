@@ -116,8 +116,8 @@ def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassC
     config = ONE_PASS.get(pad)
     if config is None or (problem.softcap and config.block_m == 128):
         return None
-    longest = max(problem.seqlen_q, problem.seqlen_k)
-    if pad == 128 and group == 1 and problem.window == (None, 0) and longest <= SHORT_TWO_PASS:
+    plain = group == 1 and problem.window == (None, 0) and not (problem.softcap or problem.alibi)
+    if pad == 128 and plain and max(problem.seqlen_q, problem.seqlen_k) <= SHORT_TWO_PASS:
         return None
     if pad == 128 and problem.seqlen_q > (LONG_CAUSAL if problem.causal else LONG):
         config = config._replace(k_stages=1)
@@ -138,7 +138,7 @@ def _heads_in_cache(problem: AttentionProblem, bytes_per_head: int) -> int:
     return max(HEADS_TOGETHER, L2_SHARE // max(1, bytes_per_head)) if problem.causal else 1
 
 
-SHORT_TWO_PASS = 1024  # causal tokens of head dim 128 up to which loops are so short that two passes are 5 % faster
+SHORT_TWO_PASS = 1024  # causal tokens at head dim 128: loops of up to 16 blocks, where two passes are 5 % faster
 L2_SHARE = 24_000_000  # bytes of the 60 MB of L2 that what tiles loop over may take
 HEADS_TOGETHER = 8  # of head dim 128 or 256 and 16k tokens: 3 to 7 % faster than the one or two that the cache holds
 

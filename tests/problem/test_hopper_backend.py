@@ -317,7 +317,13 @@ def test_heads_of_causal_tiles_share_the_cache(direction):
 def test_short_causal_gradients_take_two_passes():
     sizes = dict(seqlen_q=SHORT_TWO_PASS, seqlen_k=SHORT_TWO_PASS, window=(None, 0))
     assert isinstance(hopper_backward_config(problem(**sizes)), HopperTwoPassConfig)
-    for other in (dict(seqlen_k=SHORT_TWO_PASS + 1), dict(nheads_k=4), dict(window=(None, None)), dict(headdim=64)):
+    for other in (
+        dict(seqlen_k=SHORT_TWO_PASS + 1),
+        dict(nheads_k=4),
+        dict(window=(None, None)),
+        dict(headdim=64),
+        dict(alibi=True),
+    ):
         assert isinstance(hopper_backward_config(problem(**{**sizes, **other})), HopperOnePassConfig)
 
 
