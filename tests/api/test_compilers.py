@@ -72,7 +72,7 @@ CACHE_ORDER = (
 PUBLIC = list(by_position("cpu", 0))
 
 
-def test_a_compiler_that_does_not_know_the_depth_of_transforms(monkeypatch, seed):
+def test_a_compiler_that_does_not_know_the_depth_of_transforms(seed, unpoisoned, monkeypatch):
     """As that of torch 2.11."""
     rules = torch._dynamo.trace_rules.get_torch_obj_rule_map()
     monkeypatch.delitem(rules, torch._C._functorch.get_dynamic_layer_stack_depth, raising=False)
