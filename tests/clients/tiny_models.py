@@ -16,6 +16,9 @@ FIRST_TOKEN = 3
 WINDOW = 5
 
 NOISE = NOISE_ROUNDOFFS * torch.finfo(torch.float32).eps
+# A router's gradient is what large sums leave of each other. One run of eager attention may be lucky with it: fp32 gradients
+# are compared to 1e-5, where a wrong kernel is off by 1e-3.
+GRADIENT_NOISE = 100 * torch.finfo(torch.float32).eps
 MOST_ROUNDOFFS = 1000  # of the dtype, that eager attention may be from the truth, relative to the typical value
 
 SIZES = dict(
@@ -186,7 +189,7 @@ def check(actual: Pass, matched: Pass, truth: Pass, dtype: torch.dtype) -> None:
     assert actual.gradients.keys() == truth.gradients.keys()
     worst = max(error(matched, name) for name in truth.gradients)
     assert worst < MOST_ROUNDOFFS * eps, "eager attention disagrees with the truth"
-    limit = 2 * (worst + eps) + NOISE
+    limit = 2 * (worst + eps) + GRADIENT_NOISE
     wrong = {name: error(actual, name) for name in truth.gradients if not error(actual, name) <= limit}
     assert not wrong, f"eager's worst gradient is off by {worst:.1e}, these by {wrong}"
 
