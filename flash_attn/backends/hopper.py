@@ -151,7 +151,8 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     fixed = fixed_arguments(operands)
     nheads = q.shape[-2]
     num_m = math.ceil(operands.max_seqlen_q / (config.consumers * CONSUMER_ROWS))
-    num_tiles = num_m * fixed.batch_size * nheads
+    heads = fixed.batch_size * nheads
+    num_tiles = num_m * heads
     q_map, k_map, v_map, out_map = (
         tensor_maps.hopper(x, rows, pad)
         for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
@@ -170,7 +171,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             p[11],
             num_tiles,
             num_m,
-            config.heads_together,
+            min(config.heads_together, heads),  # a product with num_m must fit 32 bits
             *fixed.lengths,
         )
 

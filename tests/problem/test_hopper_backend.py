@@ -10,6 +10,7 @@ import torch
 
 from flash_attn import backends, dispatch, launch
 from flash_attn.backends import explain, hopper, select_backend, tensor_maps, use
+from flash_attn.backends.base import Operands
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.hardware import CPU, Hardware
 from flash_attn.launch.hopper import (
@@ -312,6 +313,21 @@ def test_heads_of_causal_tiles_share_the_cache(direction):
     grouped = heads(**{"nheads_k": 2, **lengths[0]})
     assert grouped == (counts[0] * 2 if direction == "forward" else counts[0] // 2)
     assert heads(window=(None, None)) == 1
+
+
+@needs_gluon
+def test_no_more_heads_are_drawn_together_than_there_are(monkeypatch):
+    """One key, shared by all heads, takes so little of the cache that the product with the blocks would pass 32 bits."""
+    monkeypatch.setattr(hopper.devices, "of", lambda device: HOPPER)
+    q = torch.empty(1, 2**18, 32, 128, dtype=BF16, device="meta")
+    k = torch.empty(1, 1, 1, 128, dtype=BF16, device="meta")
+    given, *_ = describe(q, k, k, 0.0, 1.0, True, -1, -1, 0.0)
+    config = hopper_forward_config(given)
+    assert config.heads_together * q.shape[1] // (config.consumers * CONSUMER_ROWS) > 2**31
+    operands = Operands(q, k, k, 1.0, 2**18, 1, given.window, memo={})
+    launcher = hopper.bind_forward(given, operands, q, torch.empty(1, 32, 2**18, device="meta"))
+    num_tiles, num_m, heads_together = launcher.build([0] * 13)[8:11]
+    assert (num_tiles, num_m, heads_together) == (32 * 2048, 2048, 32)
 
 
 def test_short_causal_gradients_take_two_passes():
