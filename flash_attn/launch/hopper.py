@@ -142,9 +142,9 @@ SHORT_TWO_PASS = 1024  # causal tokens at head dim 128: loops of up to 16 blocks
 L2_SHARE = 24_000_000  # bytes of the 60 MB of L2 that what tiles loop over may take
 HEADS_TOGETHER = 8  # of head dim 128 or 256 and 16k tokens: 3 to 7 % faster than the one or two that the cache holds
 
-# Deterministic results of one pass: 2 to 16 % slower than in any order, where two passes are up to 40 %. Programs that work on
+# Deterministic results of one pass: 3 to 17 % slower than in any order, where two passes are up to 40 %. Programs that work on
 # one head follow each other at a distance of one or two steps; the more heads, the shorter that queue, but the less of what
-# they loop over stays in the L2 cache. In short sequences the queue is not worth it: two passes are 3 to 23 % faster at 1k
+# they loop over stays in the L2 cache. In short sequences the queue is not worth it: two passes are 11 to 15 % faster at 1k
 # causal tokens, level at 2k. H200, bf16, 16k tokens, hidden 2048, 2026-11-22.
 HEADS_IN_ORDER, FEWEST_IN_ORDER = 32, 4
 ORDERED_L2_SHARE = 2**25
