@@ -114,7 +114,10 @@ def test_gradients_where_parts_are_empty(dtype, device, seed):
     dout_a, dlse_a, dout_b, dlse_b = (x.transpose(1, 2) if x.dim() == 4 else x for x in found)
     for gradient, rows in ((dout_a, (0, 2)), (dlse_a, (0, 2)), (dout_b, (1, 2)), (dlse_b, (1, 2))):
         assert (gradient[:, :, list(rows)] == 0.0).all()
-    calls.assert_near(dlse_a[:, :, 1], dlse[:, :, 1].to(dlse_a.dtype))
+    # alone in its row a part has weight 1: what comes through out, dout . out, is added to dlse and taken away again
+    terms = dlse.abs() + (dout * out).abs().sum(-1).mT
+    error = (dlse_a - dlse.to(dlse_a.dtype))[:, :, 1].abs()
+    assert (error <= 4 * torch.finfo(dlse_a.dtype).eps * terms[:, :, 1]).all()
     calls.assert_near(dout_b[:, :, 0], dout.transpose(1, 2)[:, :, 0])
 
 
