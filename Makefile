@@ -7,6 +7,8 @@ TORCH ?= 2.11.0
 
 RUN := .venv/bin/python
 NOT_HERE := not gpu and not slow
+# SEED=n repeats the random inputs of a run; without it they are fresh
+SEEDED := $(if $(SEED),--seed $(SEED) --hypothesis-seed $(SEED))
 
 # Only a GPU machine that borrows its packages and has no network can lack linters or have too new a numpy.
 if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "skipped, $(1) is not installed: $(2)"; fi
@@ -21,10 +23,10 @@ test: lint typecheck wheel test-interpreter test-rest
 
 test-interpreter: setup
 	@if ! $(numpy-suits-interpreter); then echo "skipped, Triton's interpreter needs numpy below 2.4"; else \
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "interpreter and $(NOT_HERE)" tests; fi
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(SEEDED) -m "interpreter and $(NOT_HERE)" tests; fi
 
 test-rest: setup
-	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m "not interpreter and $(NOT_HERE)" tests
+	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(SEEDED) -m "not interpreter and $(NOT_HERE)" tests
 
 # The compile checks with another release of Triton than the one that torch brought.
 test-triton: setup

@@ -42,6 +42,12 @@ def seed(request) -> int:
     return request.config.stash[SEED]
 
 
+@pytest.fixture(autouse=True)
+def default_generators(seed):
+    """Inputs drawn without a generator do not depend on the tests before, so on the order in which workers take them."""
+    torch.manual_seed(seed)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
