@@ -45,17 +45,12 @@ def _query(device_type: str, index: int) -> Hardware:
 
 def device_guard(device: torch.device) -> Any:
     """A context in which the device is current; nothing where it already is."""
-    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
-        return _UNGUARDED
-    return torch.cuda.device(device)
+    return _UNGUARDED if device.type != "cuda" or is_current(device) else torch.cuda.device(device)
 
 
-def on_device(device: torch.device, call: Callable[..., Any], *arguments: Any) -> Any:
-    """call(*arguments) while the device is current; a cheaper `device_guard`, for the calls whose host time counts."""
-    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
-        return call(*arguments)
-    with torch.cuda.device(device):
-        return call(*arguments)
+def is_current(device: torch.device) -> bool:
+    """Whether kernels are launched on this CUDA device."""
+    return device.index == torch._C._cuda_getDevice()
 
 
 def raw_stream_getter(device: torch.device) -> Callable[[], int] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flash_attn import hardware
@@ -49,6 +50,7 @@ class Launcher:
         self.constant_values = tuple(constants.values())
         self.options = FUSED | options
         self.launch_compiled: Callable[..., None] | None = None
+        self.device: torch.device | None = None  # where it was launched last, if its kernels have a current device
         self.prepared = False  # by compile_together
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
@@ -64,6 +66,9 @@ class Launcher:
         if self.launch_compiled is None or not aligned or _profiled():
             self._dispatch(tensors, numbers, aligned)
             return
+        if self.device is not None and not hardware.is_current(self.device):
+            with hardware.device_guard(self.device):
+                return self.launch(tensors, addresses, aligned, numbers)
         self.launch_compiled(
             self.num_programs,
             1,
@@ -81,11 +86,13 @@ class Launcher:
 
     def _dispatch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
-        arguments = self._named(tensors)
-        compiled = self.kernel[(self.num_programs,)](*arguments, *numbers, **self.constants, **self.options)
-        device = next(tensor.device for tensor in tensors if tensor is not None)
+        device = _device_of(tensors)
+        with hardware.device_guard(device):
+            arguments = self._named(tensors)
+            compiled = self.kernel[(self.num_programs,)](*arguments, *numbers, **self.constants, **self.options)
         stream = hardware.raw_stream_getter(device)
         if aligned and stream is not None:
+            self.device = device if device.type == "cuda" else None
             self.stream = stream
             self.function = compiled.function
             self.metadata = compiled.packed_metadata
@@ -93,8 +100,8 @@ class Launcher:
 
     def compile(self, tensors: Sequence[Tensor | None]) -> None:
         """What the first launch would compile; inside triton.AsyncCompileMode in a thread of its pool."""
-        arguments = self._named(tensors)
-        self.kernel.warmup(*arguments, grid=(self.num_programs,), **self.constants, **self.options)
+        with hardware.device_guard(_device_of(tensors)):
+            self.kernel.warmup(*self._named(tensors), grid=(self.num_programs,), **self.constants, **self.options)
 
     def _named(self, tensors: Sequence[Tensor | None]) -> list[Any]:
         """The kernel's positional arguments as Triton's dispatch takes them."""
@@ -103,6 +110,10 @@ class Launcher:
             if kind is not None and arguments[index] is not None:
                 arguments[index] = kind(*arguments[index])
         return arguments
+
+
+def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    return next(tensor.device for tensor in tensors if tensor is not None)
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:

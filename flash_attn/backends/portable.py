@@ -24,7 +24,7 @@ from flash_attn.backends.fixed_arguments import (
 )
 from flash_attn.backends.launcher import Launcher, launch_all
 from flash_attn.errors import UnsupportedProblem
-from flash_attn.hardware import Hardware, on_device
+from flash_attn.hardware import Hardware
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
 from flash_attn.launch.decode import few_queries, keys_per_split
@@ -100,9 +100,8 @@ def launch_forward(problem: AttentionProblem, operands: Operands, return_scores:
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     optional = optional_tensors(operands)
     tensors = (q, operands.k, operands.v, out, softmax_lse, *optional, operands.block_table, operands.sinks)
-    on_device(q.device, launch, *tensors)
-    scores = on_device(q.device, dropout_scores, problem, operands) if return_scores else None
-    return ForwardResult(out, softmax_lse, scores)
+    launch(*tensors)
+    return ForwardResult(out, softmax_lse, dropout_scores(problem, operands) if return_scores else None)
 
 
 def backward(
@@ -128,7 +127,7 @@ def backward(
     q, k, v = operands.q, operands.k, operands.v
     optional = optional_tensors(operands)
     rows = softmax_lse, delta, lse_log2
-    on_device(q.device, launch_all, launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
+    launch_all(launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
     return delta
 
 

@@ -21,7 +21,7 @@ from flash_attn.backends.fixed_arguments import (
     template,
 )
 from flash_attn.backends.launcher import Launcher
-from flash_attn.hardware import Hardware, on_device
+from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     APPEND_ROWS,
     MERGE_SPLITS,
@@ -57,12 +57,6 @@ def attend_cache(
     problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
 ) -> ForwardResult:
     """See `portable.attend_cache`."""
-    return on_device(operands.q.device, _attend_cache, problem, operands, append, num_splits)
-
-
-def _attend_cache(
-    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
-) -> ForwardResult:
     memo = {} if operands.memo is None else operands.memo
     q = operands.q if append is None else append_tokens(operands, append, memo)
     if "decode" not in memo:
@@ -79,7 +73,7 @@ def attend_few_queries(problem: AttentionProblem, operands: Operands) -> Forward
     plan = memo.get("few_queries")
     if plan is None:
         plan = memo["few_queries"] = share_out(problem, operands, 0)
-    return on_device(operands.q.device, decode, operands.q, operands, plan)
+    return decode(operands.q, operands, plan)
 
 
 def append_tokens(operands: Operands, append: Append, memo: dict[str, Any]) -> Tensor:

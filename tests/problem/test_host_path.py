@@ -3,6 +3,7 @@
 The GPU is pretended: its kernels note their launches and compute nothing.
 """
 
+import contextlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 
 from flash_attn import dispatch, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, hardware
 from flash_attn import flash_attn_with_kvcache as with_kvcache
+from flash_attn.backends.launcher import Launcher
 from flash_attn.hardware import Hardware
 
 B, S, H, D = 2, 32, 4, 64
@@ -149,3 +151,26 @@ def test_the_operators_are_for_listeners(launched, monkeypatch):
         torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), randn(B, S, H, D))
     wanted = {"flash_attn._flash_attn_forward.default", "flash_attn._flash_attn_backward.default"}
     assert wanted <= set(seen)
+
+
+def test_a_launch_makes_its_device_current(launched, monkeypatch):
+    """And leaves the caller's as it was."""
+    current = 0
+
+    @contextlib.contextmanager
+    def guard(device):
+        nonlocal current
+        before, current = current, device.index or 0
+        yield
+        current = before
+
+    monkeypatch.setattr(hardware, "is_current", lambda device: device.index == current)
+    monkeypatch.setattr(hardware, "device_guard", guard)
+    kernel = Recorder("kernel", launched)
+    kernel.compiled.run = lambda *_arguments: launched.append(current)
+    launch = Launcher(kernel, 1, tuple, [], {}, {})
+    x = randn(4)
+    launch(x)
+    launch.device = torch.device("cuda", 1)
+    launch(x)
+    assert launched == [1] and current == 0
