@@ -70,9 +70,9 @@ def _keep(key: Any, plan: Plan) -> Plan:
     return plan
 
 
-def _traits(x: Tensor) -> Any:
-    """What a plan may depend on in a tensor; tensor descriptors need 16-byte alignment."""
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+def _traits(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What a plan may depend on in each tensor; tensor descriptors need 16-byte alignment."""
+    return [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
 
 
 def current_scope() -> Scope:
@@ -109,7 +109,7 @@ def forward(
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = current_scope()
-    key = (*[None if x is None else _traits(x) for x in (q, k, v, *optional, sinks)], options, scope)
+    key = (*_traits((q, k, v, *optional, sinks)), options, scope)
     plan = _plans.get(key)
     if plan is None:
         copies = contiguous_last(q), contiguous_last(k), contiguous_last(v)
@@ -164,8 +164,7 @@ def backward(
     numbers = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap)
     options = (*numbers, max_seqlen_q, max_seqlen_k)
     scope = scope or current_scope()
-    traits = [None if x is None else _traits(x) for x in (*tensors, dout, dlse, dq, dk, dv)]
-    key = (*traits, options, deterministic, scope)
+    key = (*_traits((*tensors, dout, dlse, dq, dk, dv)), options, deterministic, scope)
     plan = _plans.get(key)
     if plan is None:
         plan = _keep(key, _backward_plan(tensors, dout, dlse, Gradients(dq, dk, dv), options, deterministic, scope))
@@ -267,7 +266,7 @@ def attend_cache(
     numbers = (softmax_scale, *window, softcap, num_splits)
     options = (0.0, *numbers, rotary_interleaved, int_seqlens is None)
     scope = current_scope()
-    key = (*[None if x is None else _traits(x) for x in (q, k_cache, v_cache, *tensors)], options, scope)
+    key = (*_traits((q, k_cache, v_cache, *tensors)), options, scope)
     plan = _plans.get(key)
     if plan is None:
         q_copy, copies = contiguous_last(q), _contiguous(tensors)

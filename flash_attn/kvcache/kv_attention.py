@@ -62,8 +62,10 @@ def attend_with_cache(
         k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks
     )
     if not listens:
-        with _outside_transforms((q, k_cache, v_cache, *tensors)):
-            return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        if torch._C._are_functorch_transforms_active():
+            with _outside_transforms((q, k_cache, v_cache, *tensors)):
+                return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
+        return dispatch.attend_cache(q, k_cache, v_cache, tensors, *numbers, num_splits, int_seqlens)
     # forward only, as upstream: the operator must not meet tensors that want a gradient
     q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     *arrays, slopes, sinks = (None if x is None else x.detach() for x in tensors)
@@ -72,8 +74,6 @@ def attend_with_cache(
 
 def _outside_transforms(tensors: tuple[Tensor | None, ...]) -> contextlib.AbstractContextManager[Any]:
     """Where torch.func does not wrap what is allocated: tensors that it has wrapped have no memory of their own."""
-    if not torch._C._are_functorch_transforms_active():
-        return contextlib.nullcontext()
     if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
         raise UnsupportedProblem(
             "flash_attn_with_kvcache under torch.func: it writes into its caches and has no gradient; flash_attn_func has one"
