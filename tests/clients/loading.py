@@ -55,7 +55,7 @@ def parts_of(package: str, bare: tuple[str, ...] = (), absent: tuple[str, ...] =
         finally:
             for name in set(sys.modules) - before:
                 if name.split(".")[0] == package:
-                    patch.delitem(sys.modules, name)
+                    del sys.modules[name]
 
 
 def load(name: str) -> ModuleType:
