@@ -37,7 +37,7 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def seed(request) -> int:
     return request.config.stash[SEED]
 

@@ -92,7 +92,8 @@ class ApplyRotaryEmb(torch.autograd.Function):
         conjugate: bool = False,
         is_grad_enabled: bool = True,
     ) -> Tensor:
-        out = rotate_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate)
+        with _writing(x, inplace):
+            out = rotate_heads(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate)
         if is_grad_enabled:
             _save(ctx, seqlen_offsets, (interleaved, max_seqlen, not conjugate), cos, sin, cu_seqlens)
         return out
@@ -126,7 +127,8 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         is_grad_enabled: bool = True,
     ) -> Tensor:
         tables = (cos, sin, cos_k, sin_k)
-        out = _rotate_qkv(qkv, *tables, interleaved, seqlen_offsets, num_heads_q, inplace, conjugate)
+        with _writing(qkv, inplace):
+            out = _rotate_qkv(qkv, *tables, interleaved, seqlen_offsets, num_heads_q, inplace, conjugate)
         if is_grad_enabled:
             _save(ctx, seqlen_offsets, (interleaved, num_heads_q, not conjugate), *tables)
         return out
@@ -160,7 +162,8 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
             raise InvalidArgument(f"kv must have shape (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}")
         heads = kv[:, :, 0] if inplace else kv.flatten(HEADS, HEADS + 1)
         options = (seqlen_offsets, None, None, interleaved, inplace, conjugate)
-        out = rotate_heads(heads, cos, sin, *options, nheads_rotated=kv.shape[HEADS + 1])
+        with _writing(kv, inplace):
+            out = rotate_heads(heads, cos, sin, *options, nheads_rotated=kv.shape[HEADS + 1])
         out = kv if inplace else out.view(kv.shape)
         if is_grad_enabled:
             _save(ctx, seqlen_offsets, (interleaved, not conjugate), cos, sin)
@@ -228,6 +231,17 @@ def _head_counts(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
         wanted = f"num_heads_q + 2 * num_heads_k heads with num_heads_q {num_heads_q}"
         raise InvalidArgument(f"qkv must have {wanted}, got {shape[HEADS]}")
     return num_heads_q, nheads_k
+
+
+def _writing(x: Tensor, inplace: bool) -> Any:
+    """Around a write into x: where x is a view, its version stays.
+
+    All views of one tensor share it, such as q, k and v after one projection. Once it has moved autograd refuses those that
+    split or unbind returned, and those rotated before, though none of them was written into.
+    """
+    if not inplace or torch.compiler.is_compiling() or not x.requires_grad or not x._is_view():
+        return contextlib.nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(x)
 
 
 def _save(ctx: Any, seqlen_offsets: int | Tensor, options: tuple[Any, ...], *tables: Tensor | None) -> None:

@@ -1,10 +1,9 @@
-"""One of two processes in a ring of gloo: runs the ring functions of other packages on its share and stores the results.
+"""One of two processes in a ring of gloo: runs the parallel attention of other packages on its share and stores the results.
 
-python -m tests.clients.ring_worker RANK FOLDER SEED PACKAGE
+python -m tests.clients.ring_worker RANK FOLDER SEED PACKAGE...
 """
 
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.clients.loading import VERL, as_if_on_a_gpu, load, parts_of
 from tests.support.cases import BF16, Case
 from tests.support.inputs import Inputs, make_inputs
 
 WORLD = 2
 LENGTH = 64
 SEQUENCES = (16, 32, 80)  # multiples of 2 * WORLD, in which zigzag cuts each
+ODD = (16, 32, 79)  # together no multiple of WORLD
 
 # bf16, since ring_flash_attn returns dq in nothing else, and in fp32 overwrites it: its copy is then the buffer itself
 dense = dict(headdim=16, nheads=4, seqlens_q=(LENGTH,) * 2, seqlens_k=(LENGTH,) * 2)
@@ -28,6 +29,8 @@ FULL = Case("ring, full", BF16, nheads_k=2, **dense)
 EQUAL_HEADS = Case("ring, equal heads", BF16, nheads_k=4, causal=True, **dense)
 PACKED = Case("ring, packed", BF16, nheads_k=2, causal=True, **packed)
 PACKED_FULL = Case("ring, packed, full", BF16, nheads_k=2, **packed)
+ALONE = Case("ring, alone", BF16, nheads_k=2, causal=True, **(packed | dict(seqlens_q=(96,), seqlens_k=(96,))))
+PADDED = Case("ring, padded", BF16, nheads_k=2, causal=True, **(packed | dict(seqlens_q=ODD, seqlens_k=ODD)))
 
 
 def in_turn(length: int, rank: int) -> Tensor:
@@ -53,15 +56,22 @@ class Ring(NamedTuple):
     function: str
     ulysses: int = 1  # ranks that share out the heads instead
     whole: bool = False  # whether the ranks share out the packed batch, rather than each of its sequences
+    right: tuple[str, ...] = (
+        "out",
+        "dq",
+        "dk",
+        "dv",
+    )  # what the package computes right, whatever attention it is given
 
     def rows(self, rank: int) -> Tensor:
         """The rows of the whole batch that a rank holds."""
         if self.case.layout == "dense":
             return self.shares(LENGTH, rank)
+        lengths = self.case.seqlens_q
         if self.whole:
-            return self.shares(sum(SEQUENCES), rank)
-        starts = torch.tensor([0, *SEQUENCES]).cumsum(0)
-        return torch.cat([start + self.shares(n, rank) for start, n in zip(starts, SEQUENCES, strict=False)])
+            return self.shares(sum(lengths), rank)
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        return torch.cat([start + self.shares(n, rank) for start, n in zip(starts, lengths, strict=False)])
 
 
 RINGS = {
@@ -81,15 +91,23 @@ RINGS = {
         "stripe": Ring(GROUPED, stripes, "strip"),
         "ulysses": Ring(EQUAL_HEADS, in_turn, "", ulysses=2),
     },
+    "swift": {
+        "zigzag, packed": Ring(PACKED, zigzag, "", right=("out",)),
+        "zigzag, one sequence": Ring(ALONE, zigzag, "", right=("out",)),
+    },
+    "verl": {
+        "qwen2_vl, ulysses, packed": Ring(PACKED, in_turn, "qwen2_vl", ulysses=2, whole=True),
+        "glm4v, ulysses, packed": Ring(PACKED, in_turn, "glm4v", ulysses=2, whole=True),
+    },
+    "openrlhf": {"llama3, padded": Ring(PADDED, in_turn, "", whole=True)},
 }
 
 
 def attend_with_ring_flash_attn(ring: Ring, *tensors: Any) -> Tensor:
     """q, k, v, and for a packed batch the rank's cu_seqlens and max_seqlen."""
-    # Its adapters for transformers import names that transformers 5 has no more; nothing else of it needs them.
-    adapters = types.ModuleType("ring_flash_attn.adapters")
-    adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None  # type: ignore[attr-defined]
-    sys.modules["ring_flash_attn.adapters"] = adapters
+    # Its adapters look for this name where transformers 4 had it.
+    utils, home = load("transformers.modeling_flash_attention_utils"), load("transformers.utils")
+    utils.is_flash_attn_greater_or_equal_2_10 = home.is_flash_attn_greater_or_equal_2_10
     import ring_flash_attn
 
     words: dict[str, Any] = dict(causal=ring.case.causal)
@@ -112,6 +130,50 @@ def attend_with_yunchang(ring: Ring, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q, k, v, causal=ring.case.causal)
 
 
+def attend_with_swift(ring: Ring, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    with parts_of("swift", bare=("swift", "swift.sequence_parallel")):
+        zigzag = load("swift.sequence_parallel.zigzag_ring_attn")
+    q, k, v = (x[None] for x in (q, k, v))
+    lengths = cu_seqlens * WORLD, max_seqlen * WORLD
+    return zigzag.zigzag_ring_flash_attn_varlen_func(q, k, v, *lengths, causal=True, group=dist.group.WORLD)[0]
+
+
+def attend_with_verl(ring: Ring, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, _max_seqlen: int) -> Tensor:
+    """Told where sequences begin by their positions."""
+    with as_if_on_a_gpu(), parts_of("verl", VERL):
+        load("verl.utils.ulysses").set_ulysses_sequence_parallel_group(dist.group.WORLD)
+        attend = load(f"verl.models.transformers.{ring.function}")._custom_flash_attention_forward
+        positions = torch.cat([torch.arange(length) for length in ring.case.seqlens_q])[ring.rows(dist.get_rank())]
+        return attend(*(x[None] for x in (q, k, v)), None, q.shape[0], position_ids=positions[None])[0]
+
+
+def attend_with_openrlhf(ring: Ring, q: Tensor, k: Tensor, v: Tensor, _cu_seqlens: Tensor, _max_seqlen: int) -> Tensor:
+    """From a padded batch of tokens to a padded batch of results, by way of llama3's ring over the tokens in between."""
+    with parts_of("openrlhf", ("openrlhf", "openrlhf.models")):
+        utils = load("openrlhf.models.ring_attn_utils")
+    utils.set_ring_attn_group(dist.group.WORLD)
+    lengths, rows = torch.tensor(ring.case.seqlens_q), ring.rows(dist.get_rank())
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = mask.flatten().cumsum(0).view(mask.shape) * mask
+    mine, positions, _next, padding, indices = utils.unpad_and_slice_tensor(tokens, mask.long(), dist.group.WORLD)
+    assert torch.equal(mine[mine > 0], 1 + rows)
+    assert torch.equal(positions[mine > 0], torch.cat([torch.arange(length) for length in lengths])[rows])
+    llama3 = load("ring_flash_attn").llama3_flash_attn_varlen_func
+    parameters = load("ring_flash_attn.adapters.hf_adapter").DATA_PARAMS
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, mine.shape[1] - x.shape[0])) for x in (q, k, v))
+    out = llama3(q, k, v, heads_k_stride=1, causal=True, **parameters)
+    return utils.gather_and_pad_tensor(out[None], dist.group.WORLD, padding, indices, *mask.shape)[mask][rows, 0]
+
+
+ATTEND = {
+    "ring_flash_attn": attend_with_ring_flash_attn,
+    "yunchang": attend_with_yunchang,
+    "swift": attend_with_swift,
+    "verl": attend_with_verl,
+    "openrlhf": attend_with_openrlhf,
+}
+
+
 def share(ring: Ring, inputs: Inputs, rows: Tensor, attend: Callable[..., Tensor]) -> dict[str, Tensor]:
     """out, dq, dk, dv of a rank's rows."""
     dim = 1 if ring.case.layout == "dense" else 0
@@ -126,16 +188,16 @@ def share(ring: Ring, inputs: Inputs, rows: Tensor, attend: Callable[..., Tensor
     return dict(out=out.detach(), dq=dq, dk=dk, dv=dv)
 
 
-def main(rank: int, folder: Path, seed: int, package: str) -> None:
+def main(rank: int, folder: Path, seed: int, packages: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    attend = attend_with_yunchang if package == "yunchang" else attend_with_ring_flash_attn
-    results = {}
-    for name, ring in RINGS[package].items():
-        results[name] = share(ring, make_inputs(ring.case, "cpu", seed), ring.rows(rank), attend)
-    torch.save(results, folder / f"{rank}.pt")
+    for package in packages:
+        results = {}
+        for name, ring in RINGS[package].items():
+            results[name] = share(ring, make_inputs(ring.case, "cpu", seed), ring.rows(rank), ATTEND[package])
+        torch.save(results, folder / f"{package}-{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -170,6 +170,25 @@ def test_an_overwritten_operand_is_noticed(generator):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("part", ["split", "slices"])
+def test_parts_of_one_tensor_rotate_in_place(device, generator, part):
+    """As layers do that project q, k and v at once."""
+    qkv, dout = (random(generator, device, FP32, 2, 7, 4 * 16) for _ in range(2))
+    cos, sin = tables(7, 8, FP32, device, generator)
+    leaf = qkv.clone().requires_grad_()
+    whole = leaf.clone()
+    q, kv = whole.split([32, 32], -1) if part == "split" else (whole[..., :32], whole[..., 32:])
+    q, kv = q.unflatten(-1, (2, 16)), kv.unflatten(-1, (2, 1, 16))
+    out = torch.cat([apply_rotary_emb(q, cos, sin, inplace=True), apply_rotary_emb_kv_(kv, cos, sin).flatten(2, 3)], 2)
+    out.backward(dout.view(out.shape))
+    position, turned = positions(2, 7, 0, device), slice(None, 3)
+    for actual, x, conjugate in ((out.detach(), qkv, False), (whole.detach(), qkv, False), (leaf.grad, dout, True)):
+        actual, x = (t.view(2, 7, 4, 16) for t in (actual, x))
+        truth = rotated(x[:, :, turned], cos, sin, position, conjugate=conjugate)
+        assert_rounded_once(actual[:, :, turned], truth, bound(x, cos, sin))
+        assert torch.equal(actual[:, :, 3], x[:, :, 3])
+
+
 DIFFERENTIABLE = {
     "emb": ((1, 3, 2, 5), lambda x, t, offsets: apply_rotary_emb(x, *t, seqlen_offsets=offsets)),
     "emb_": ((1, 3, 2, 5), lambda x, t, offsets: apply_rotary_emb(x.clone(), *t, True, True, seqlen_offsets=offsets)),
