@@ -27,7 +27,7 @@ from flash_attn.launch.hopper import (  # noqa: E402
     hopper_forward_config,
 )
 from flash_attn.problem import AttentionProblem, describe  # noqa: E402
-from tests.compile.budgets import BUDGETED, hopper_budget  # noqa: E402
+from tests.compile.budgets import HOPPER_BUDGETED, hopper_budget  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
 
 pytestmark = [
@@ -134,7 +134,7 @@ def faults(variant: Variant, found: Launch) -> list[str]:
         wrong.append("does not use the tensor cores")
     if report.tma == 0:
         wrong.append("does not copy tiles")
-    if BUDGETED and report.spill_bytes > allowed.spill_bytes:
+    if HOPPER_BUDGETED and report.spill_bytes > allowed.spill_bytes:
         wrong.append(f"spills {report.spill_bytes} bytes of {allowed.spill_bytes} ({allowed.reason})")
     if report.shared_memory > ARCHITECTURE.shared_memory:
         wrong.append(f"needs {report.shared_memory} bytes of shared memory of {ARCHITECTURE.shared_memory}")
