@@ -5,12 +5,9 @@ directly with raw pointers, the way that dispatch would: everything it derives f
 alignment, is fixed by the plan that owns the launcher.
 """
 
-import contextvars
 import functools
 import operator
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -51,7 +48,6 @@ class Launcher:
         self.options = FUSED | options
         self.launch_compiled: Callable[..., None] | None = None
         self.device: torch.device | None = None  # where it was launched last, if its kernels have a current device
-        self.prepared = False  # by compile_together
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
         """Launch on the current stream of the tensors' device."""
@@ -86,9 +82,12 @@ class Launcher:
 
     def _dispatch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
-        device = _device_of(tensors)
+        device = next(tensor.device for tensor in tensors if tensor is not None)
         with hardware.device_guard(device):
-            arguments = self._named(tensors)
+            arguments = list(self.build(tensors))
+            for index, kind in enumerate(self.kinds):
+                if kind is not None and arguments[index] is not None:
+                    arguments[index] = kind(*arguments[index])
             compiled = self.kernel[(self.num_programs,)](*arguments, *numbers, **self.constants, **self.options)
         stream = hardware.raw_stream_getter(device)
         if aligned and stream is not None:
@@ -98,23 +97,6 @@ class Launcher:
             self.metadata = compiled.packed_metadata
             self.launch_compiled = compiled.run
 
-    def compile(self, tensors: Sequence[Tensor | None]) -> None:
-        """What the first launch would compile; inside triton.AsyncCompileMode in a thread of its pool."""
-        with hardware.device_guard(_device_of(tensors)):
-            self.kernel.warmup(*self._named(tensors), grid=(self.num_programs,), **self.constants, **self.options)
-
-    def _named(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """The kernel's positional arguments as Triton's dispatch takes them."""
-        arguments = list(self.build(tensors))
-        for index, kind in enumerate(self.kinds):
-            if kind is not None and arguments[index] is not None:
-                arguments[index] = kind(*arguments[index])
-        return arguments
-
-
-def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
-    return next(tensor.device for tensor in tensors if tensor is not None)
-
 
 def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     """The tensors' raw pointers, and whether all are multiples of ALIGNMENT."""
@@ -122,43 +104,11 @@ def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     return addresses, functools.reduce(operator.or_, filter(None, addresses), 0) % ALIGNMENT == 0
 
 
-Step = tuple[Launcher, Sequence[Tensor | None]]
-
-
 def launch_all(launchers: Sequence[Launcher], *tensors: Tensor | None) -> None:
     """Kernels over the same tensors, one after the other; the pointers are read once."""
-    if not launchers[-1].prepared:
-        compile_together([(launcher, tensors) for launcher in launchers])
     addresses, aligned = pointers(tensors)
     for launcher in launchers:
         launcher.launch(tensors, addresses, aligned)
-
-
-def launch_in_turn(*steps: Step) -> None:
-    """Kernels over tensors of their own, one after the other."""
-    if not steps[-1][0].prepared:
-        compile_together(steps)
-    for launcher, tensors in steps:
-        launcher(*tensors)
-
-
-def compile_together(steps: Sequence[Step]) -> None:
-    """Compile the kernels of one call side by side, which their first launches would do one after the other."""
-    from triton import AsyncCompileMode
-
-    for launcher, _tensors in steps:
-        launcher.prepared = True
-    waiting = [step for step in steps if step[0].num_programs > 0]
-    if len(waiting) < 2 or _runtime_knobs().interpret:
-        return
-
-    def compile_all() -> None:
-        # Triton's compiler changes the filters for a moment, which threads would leave changed
-        with warnings.catch_warnings(), ThreadPoolExecutor(len(waiting)) as pool, AsyncCompileMode(pool):
-            for launcher, tensors in waiting:
-                launcher.compile(tensors)
-
-    contextvars.Context().run(compile_all)  # the caller may be in an AsyncCompileMode, which does not nest
 
 
 @functools.cache

@@ -144,7 +144,7 @@ def test_the_loss_that_axolotl_gives_to_llama(items, monkeypatch, seed):
     module = load("transformers.loss.loss_utils")
     plain = module.fixed_cross_entropy
     monkeypatch.setattr(module, "fixed_cross_entropy", plain)  # to be undone
-    with parts_of("axolotl"):
+    with parts_of("axolotl", absent=("accelerate", "accelerate.utils")):
         load("axolotl.monkeypatch.llama_attn_hijack_flash").patch_fa_llama_cross_entropy()
     assert module.fixed_cross_entropy is not plain
     logits, labels = logits_and_labels(seed, FP32, BATCH, LENGTH)
@@ -164,7 +164,7 @@ def test_the_loss_that_axolotl_gives_to_llama(items, monkeypatch, seed):
 def test_the_loss_that_axolotl_gives_to_mistral(monkeypatch, seed):
     module = load("transformers.models.mistral.modeling_mistral")
     monkeypatch.setattr(module, "CrossEntropyLoss", None, raising=False)  # to be undone
-    with parts_of("axolotl"):
+    with parts_of("axolotl", absent=("accelerate", "accelerate.utils")):
         load("axolotl.monkeypatch.mistral_attn_hijack_flash").patch_mistral_cross_entropy()
     logits, labels = logits_and_labels(seed, BF16, LENGTH)
     labels[2] = IGNORED

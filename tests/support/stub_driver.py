@@ -118,11 +118,8 @@ class StubDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiling_for(architecture: str, cache_dir: str, side_by_side: bool = False) -> Iterator[list[Launch]]:
-    """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture, afresh, and recorded, not run.
-
-    Kernels compiled `side_by_side` before their launches mix up the compiler's messages: their reports count no registers.
-    """
+def compiling_for(architecture: str, cache_dir: str) -> Iterator[list[Launch]]:
+    """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture, afresh, and recorded, not run."""
     stub = StubDriver(ARCHITECTURES[architecture].target)
     launches: list[Launch] = []
     kernels: set[JITFunction] = set()
@@ -130,8 +127,6 @@ def compiling_for(architecture: str, cache_dir: str, side_by_side: bool = False)
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernels.add(kernel)
-        if warmup:
-            return original(kernel, *arguments, grid=grid, warmup=True, **options) if side_by_side else None
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = original(kernel, *arguments, grid=grid, warmup=True, **options)
