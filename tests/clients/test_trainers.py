@@ -127,7 +127,8 @@ def test_the_fused_linear_loss_of_verl(verl, seed):
     douts = [torch.randn(BATCH, LENGTH) for _ in range(2)]
     gradients = torch.autograd.grad(found, (hidden, weights), douts)
     expected = torch.autograd.grad(truth, exact, [x.double() for x in douts])
-    assert_near((*found, *gradients), (*truth, *expected), roundoffs=32)
+    # a rounded logit moves its probability by as many roundoffs as it is large
+    assert_near((*found, *gradients), (*truth, *expected), roundoffs=4 * logits.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.float64])
