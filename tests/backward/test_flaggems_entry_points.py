@@ -67,7 +67,7 @@ def test_gradients_match_the_truth(case, seed):
     out, lse = forward(case, inputs)
     dq, dk, dv = gradients(case, inputs, out, lse)
     assert dq.is_contiguous() and dk.is_contiguous() and dv.is_contiguous()
-    expected(case, inputs).check(dq=dq, dk=dk, dv=dv)
+    expected(case, inputs).check(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
 @pytest.mark.parametrize("case", [CASES[0], VARLEN_CASES[1]], ids=str)
@@ -97,7 +97,7 @@ def test_gradients_from_another_forward(seed):
     inputs = make_inputs(case, "cpu", seed)
     out, lse = reference.attention(inputs.q, inputs.k, inputs.v)
     dq, dk, dv = gradients(case, inputs, out.float(), lse)
-    expected(case, inputs).check(dq=dq, dk=dk, dv=dv)
+    expected(case, inputs).check(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
 def test_leaves_that_require_gradients(seed):
