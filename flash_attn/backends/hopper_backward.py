@@ -300,6 +300,7 @@ def _bind_products(
         "HEAD_DIM_PAD": pad,
         "BLOCK_M": config.block_m,
         "K_STAGES": config.k_stages,
+        "AHEAD": config.ahead,
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 8, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)

@@ -51,6 +51,7 @@ class HopperOnePassConfig(NamedTuple):
     k_stages: int
     registers: int
     heads_together: int
+    ahead: bool = False  # draw a tile at the beginning of the one before, not at its end
 
 
 class HopperTwoPassConfig(NamedTuple):
@@ -73,13 +74,11 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    if pad == 64 and problem.window[0] is not None:
-        return TWO_CONSUMERS
-    config, longest = FORWARD[pad], max(problem.seqlen_q, problem.seqlen_k)
-    if pad == 64 and longest <= (SHORT_CAUSAL if problem.causal else SHORT):
-        config = TWO_CONSUMERS_SHORT
-    elif pad == 64 and problem.causal and problem.seqlen_q <= SHORT_CAUSAL:
-        config = TWO_CONSUMERS
+    config = FORWARD[pad]
+    if pad == 64:
+        short = problem.seqlen_q <= SHORT_CAUSAL if problem.causal else max(problem.seqlen_q, problem.seqlen_k) <= SHORT
+        if short or problem.window[0] is not None or problem.softcap or problem.alibi:
+            config = TWO_CONSUMERS
     if not problem.causal:
         return config
     bytes_kv = 4 * problem.seqlen_k * pad * problem.nheads_k // max(1, problem.nheads)  # of one query head
@@ -90,8 +89,8 @@ def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | H
     """The configuration for the gradients of one problem.
 
     One pass has 5 products instead of 7, but sums dq in global memory: in an order that varies, or for deterministic results
-    tile by tile, where a program waits for the one before. With large heads, or a softcap on blocks of 128 queries, it does not
-    fit the registers; where loops are short, its beginning and end cost more than two products.
+    tile by tile, where a program waits for the one before. With large heads, or softcap and ALiBi on blocks of 128 queries, it
+    does not fit the registers; where loops are short, its beginning and end cost more than two products.
     """
     return pinned_config("hopper_backward") or _choose_backward(problem)
 
@@ -104,26 +103,28 @@ def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperT
         return config
     bytes_k = 4 * problem.seqlen_k * pad // 2  # half of K and V, of which causal rows see half
     bytes_q = 4 * problem.seqlen_q * pad * group
-    dq, dkdv = TWO_PASS[pad][problem.softcap or problem.alibi]
+    dq, dkdv = TWO_PASS[pad][problem.softcap + problem.alibi >= CROWDED[pad]]
     return HopperTwoPassConfig(
-        dq._replace(heads_together=_heads_in_cache(problem, bytes_k)),
-        tuple(each._replace(heads_together=_heads_in_cache(problem, bytes_q)) for each in dkdv),
+        dq._replace(heads_together=_heads_in_cache(problem, pad, bytes_k)),
+        tuple(each._replace(heads_together=_heads_in_cache(problem, pad, bytes_q)) for each in dkdv),
     )
 
 
 def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassConfig | None:
     """The configuration of one pass where that serves the problem best."""
     config = ONE_PASS.get(pad)
-    if config is None or (problem.softcap and config.block_m == 128):
+    if config is None or (problem.softcap and problem.alibi and config.block_m == 128):
         return None
-    plain = group == 1 and problem.window == (None, 0) and not (problem.softcap or problem.alibi)
+    plain = problem.window == (None, 0) and not (problem.softcap or problem.alibi)
     if pad == 128 and plain and max(problem.seqlen_q, problem.seqlen_k) <= SHORT_TWO_PASS:
         return None
-    if pad == 128 and problem.seqlen_q > (LONG_CAUSAL if problem.causal else LONG):
+    if pad == 128 and problem.seqlen_q * group > (LONG_CAUSAL if problem.causal else LONG):
         config = config._replace(k_stages=1)
     bytes_q = 8 * problem.seqlen_q * pad * group  # Q, dout and dq in fp32
     if not problem.deterministic:
-        return config._replace(heads_together=_heads_in_cache(problem, bytes_q))
+        num_tiles = problem.batch_size * problem.nheads_k * math.ceil(problem.seqlen_k / (2 * CONSUMER_ROWS))
+        config = config._replace(ahead=pad == 64 and num_tiles >= AHEAD_TILES)
+        return config._replace(heads_together=_heads_in_cache(problem, pad, bytes_q))
     heads = math.ceil(HEADS_IN_ORDER / group)
     if not problem.causal:
         heads = min(heads, max(FEWEST_IN_ORDER, ORDERED_L2_SHARE // max(1, bytes_q)))
@@ -133,14 +134,17 @@ def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassC
     return config._replace(heads_together=heads) if enough else None
 
 
-def _heads_in_cache(problem: AttentionProblem, bytes_per_head: int) -> int:
+def _heads_in_cache(problem: AttentionProblem, pad: int, bytes_per_head: int) -> int:
     """Heads whose tiles are drawn in turn when these differ in length: as many as the L2 cache holds, but enough of them."""
-    return max(HEADS_TOGETHER, L2_SHARE // max(1, bytes_per_head)) if problem.causal else 1
+    return max(HEADS_TOGETHER[pad], L2_SHARE // max(1, bytes_per_head)) if problem.causal else 1
 
 
-SHORT_TWO_PASS = 1024  # causal tokens at head dim 128: loops of up to 16 blocks, where two passes are 5 % faster
+# causal tokens at head dim 128: loops of up to 16 blocks a head, where two passes are 5 % faster, of grouped heads 27 %
+SHORT_TWO_PASS = 1024
 L2_SHARE = 24_000_000  # bytes of the 60 MB of L2 that what tiles loop over may take
-HEADS_TOGETHER = 8  # of head dim 128 or 256 and 16k tokens: 3 to 7 % faster than the one or two that the cache holds
+# heads that make up for the tail of long tiles, even where the cache does not hold them: than 8 of them, 1 to 7 % faster at 1k
+# and 4k tokens, level at 16k. H200, bf16, 16k tokens, hidden 2048 and 8 of 32 heads, 2026-11-23
+HEADS_TOGETHER = {64: 32, 128: 32, 256: 16}
 
 # Deterministic results of one pass: 3 to 17 % slower than in any order, where two passes are up to 40 %. Programs that work on
 # one head follow each other at a distance of one or two steps; the more heads, the shorter that queue, but the less of what
@@ -151,7 +155,8 @@ ORDERED_L2_SHARE = 2**25
 PROGRAMS = 132  # that run at the same time
 STEPS, CAUSAL_STEPS = 1.5, 4.0  # of a tile's loop for each program in the queue
 
-# (plain scores, softcap or ALiBi), each dq, then dkdv, or dk and dv; chosen to compile with few spills
+# (as a rule, where as many of softcap and ALiBi as in CROWDED leave fewer registers), each dq, then dkdv, or dk and dv; chosen
+# to compile with few spills in the loops
 TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
     64: (
         HopperTwoPassConfig(HopperDqConfig(128, 2, 2, 2, 240, 1), (HopperDkdvConfig(128, 2, 2, 2, 240, 1),)),
@@ -172,8 +177,12 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
         ),
     ),
 }
-# queries from which on a second tile of K and V costs more than loading them late: 3 % at 4k and 16k tokens, 2 % at 16k causal
-# tokens; H200, 2026-11-22
+CROWDED = {64: 1, 128: 2, 256: 2}
+# Tiles drawn early cost nothing between one and the next, 2 to 4 % at head dim 64 and 4k or 16k tokens, but leave programs with
+# more work than others: 16 to 35 % with two tiles for each of them, whatever the head dim. 2026-11-23
+AHEAD_TILES = 2048
+# queries of a tile's loop from which on a second tile of K and V costs more than loading them late: 3 % at 4k and 16k tokens,
+# 2 % at 16k causal tokens, 3 % at 4k causal tokens of grouped heads; H200, 2026-11-22
 LONG, LONG_CAUSAL = 2048, 8192
 ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 
@@ -183,12 +192,11 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240, 1),
     256: HopperForwardConfig(2, 64, 2, False, False, 240, 1),
 }
-# where masks of two sides do not fit the 160 registers of three consumers' threads
-TWO_CONSUMERS = HopperForwardConfig(2, 128, 2, True, False, 240, 8)
-# tokens up to which tiles of 192 rows waste more, on the diagonal or in the last one, than they gain; a third stage is worth
-# 8 % at 1k tokens, 1.5 % at 2k causal ones, and costs 2 % at 4k
+# tokens up to which tiles of 192 rows waste more, on the diagonal or in the last one, than they gain
 SHORT, SHORT_CAUSAL = 1024, 2048
-TWO_CONSUMERS_SHORT = HopperForwardConfig(2, 128, 3, True, False, 240, 1)
+# also where a window, a softcap or ALiBi wants more than the 160 registers of three consumers' threads: 3, 12 and 4 % faster;
+# a third stage is worth 8 % at 1k tokens, 1.5 % at 2k causal ones, and 3 % with a window. 2026-11-23
+TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240, 1)
 # of causal tiles: keys and values drawn in turn that still hit the L2 cache, and heads that make up for the tail of long
 # tiles; at 1k tokens 4 to 9 % faster than 8 heads, at 4k 1 to 4 %
 FORWARD_L2_SHARE, FORWARD_HEADS_TOGETHER = 2**25, 16

@@ -36,10 +36,10 @@ def score_kernel(
     span = Span(0, 0, seqlen_q, seqlen_k)
     x = tl.load(qk + offsets)
     slope = algebra.load_slope(score, tl.program_id(0), 1)
-    scores = algebra.score_forward(x, rows, cols, span, score, slope) * algebra.unit_log2(score)
-    tl.store(tile + offsets, scores)
+    scores = algebra.score_forward(x, algebra.key_distance(rows, cols, span), score, slope)
+    tl.store(tile + offsets, scores * algebra.unit_log2(score))
     upstream = tl.load(ds + offsets)
-    tl.store(gradient + offsets, algebra.score_backward(upstream, x, score) * algebra.gradient_scale(score))
+    tl.store(gradient + offsets, algebra.score_backward(upstream, scores, x, score) * algebra.gradient_scale(score))
 
 
 def run(qk, ds, softmax_scale, softcap, slopes, seqlens):

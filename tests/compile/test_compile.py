@@ -28,6 +28,7 @@ from flash_attn.kernels.algebra.interval import (  # noqa: E402
 from flash_attn.kernels.algebra.locate import locate_keys, row_base, sequence_base  # noqa: E402
 from flash_attn.kernels.algebra.score import (  # noqa: E402
     gradient_scale,
+    key_distance,
     load_slope,
     score_backward,
     score_forward,
@@ -209,9 +210,9 @@ def probe_kernel(
         tile += begin + full_begin + full_end + end
     elif FUNCTION == "score_forward":
         slope = load_slope(score, batch, 0)
-        tile = score_forward(tile, rows[:, None], cols[None, :], span, score, slope) * unit_log2(score)
+        tile = score_forward(tile, key_distance(rows[:, None], cols[None, :], span), score, slope) * unit_log2(score)
     elif FUNCTION == "score_backward":
-        tile = score_backward(tile, tile, score) * gradient_scale(score)
+        tile = score_backward(tile, tile, tile, score) * gradient_scale(score)
     elif FUNCTION == "softmax_step":
         weights, rescale, row_max, row_sum = softmax_step(row_values, row_values, tile, 1.0)
         inverse_sum, lse = softmax_finish(row_max, row_sum, 1.0, score.sinks, batch)

@@ -22,7 +22,6 @@ from flash_attn.launch.hopper import (  # noqa: E402
     SHORT,
     SHORT_CAUSAL,
     TWO_CONSUMERS,
-    TWO_CONSUMERS_SHORT,
     head_dim_pad,
     hopper_forward_config,
 )
@@ -151,7 +150,7 @@ def test_variant(variant, tmp_path):
 def test_the_variants_cover_the_tables_and_the_features():
     """Every configuration, feature and dtype."""
     chosen = {hopper_forward_config(operands_of(variant)[0])._replace(heads_together=1) for variant in variants()}
-    configs = {*FORWARD.values(), TWO_CONSUMERS, TWO_CONSUMERS_SHORT}
+    configs = {*FORWARD.values(), TWO_CONSUMERS}
     assert chosen == {config._replace(heads_together=1) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}

@@ -24,9 +24,13 @@ BUDGETS: dict[tuple[str | None, int | None, str | None], tuple[int, str]] = {
         400,
         "all score features at once; each alone keeps the loop within 100 bytes",
     ),
+    ("attn_bwd_kernel", 64, "softcap"): (160, "tanh beside the weights: 20 accesses in a loop of 1100 instructions"),
+    ("attn_bwd_kernel", 64, "alibi"): (160, "12 accesses in a loop of 1000 instructions"),
+    ("attn_bwd_kernel", 128, "varlen"): (176, "one stage of K and V: 12 accesses in loops of 500 to 900 instructions"),
     ("attn_bwd_kernel", 128, None): (144, "one stage of K and V: around the loop; none inside"),
-    ("attn_bwd_dkdv_kernel", 128, "scores"): (400, "all score features at once"),
+    ("attn_bwd_dkdv_kernel", 128, "scores"): (512, "all score features at once"),
     ("attn_bwd_dq_kernel", 64, "scores"): (448, "all score features at once"),
+    ("attn_bwd_dq_kernel", 256, "alibi"): (512, "up to 26 accesses in loops of 500 to 750 instructions"),
     ("attn_bwd_dq_kernel", 256, None): (448, "around the loop, where out is multiplied by dout; none inside"),
     ("attn_bwd_dkdv_kernel", 256, None): (512, "around the loop, where dk is stored; none inside"),
 }
@@ -42,7 +46,14 @@ def budget(kernel: str, pad: int, feature: str) -> tuple[int, str]:
 
 
 KINDS = {  # of the sum of dq: whether causal, and features
-    "any order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")],
+    "any order": [
+        (True, "plain"),
+        (True, "scores"),
+        (True, "softcap"),
+        (True, "alibi"),
+        (False, "plain"),
+        (True, "varlen"),
+    ],
     "in order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")],
     "two passes": [(True, "plain"), (True, "scores")],
 }

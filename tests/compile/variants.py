@@ -20,6 +20,8 @@ FEATURES = {
     "plain": (),
     "gqa": ("gqa",),
     "scores": ("window", "softcap", "alibi"),
+    "softcap": ("softcap",),
+    "alibi": ("alibi",),
     "dropout": ("dropout",),
     "varlen": ("varlen", "gqa"),
     "paged": ("varlen", "paged", "gqa"),

@@ -22,7 +22,6 @@ from flash_attn.launch.hopper import (
     SHORT_CAUSAL,
     SHORT_TWO_PASS,
     TWO_CONSUMERS,
-    TWO_CONSUMERS_SHORT,
     HopperOnePassConfig,
     HopperTwoPassConfig,
     head_dim_pad,
@@ -245,7 +244,7 @@ def one_head(config):
     return config._replace(heads_together=1)
 
 
-CONFIGS = {*FORWARD.items(), (64, one_head(TWO_CONSUMERS)), (64, TWO_CONSUMERS_SHORT)}
+CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -288,12 +287,14 @@ def test_every_problem_has_a_configuration():
     causal = problem(headdim=64, window=(None, 0), seqlen_q=SHORT_CAUSAL, seqlen_k=SHORT_CAUSAL)
     long, full = causal._replace(seqlen_k=2 * SHORT_CAUSAL), causal._replace(window=(None, None))
     for given, wanted in (
-        (causal, TWO_CONSUMERS_SHORT),
-        (long, one_head(TWO_CONSUMERS)),
+        (causal, TWO_CONSUMERS),
+        (long, TWO_CONSUMERS),
         (long._replace(seqlen_q=2 * SHORT_CAUSAL), FORWARD[64]),
-        (long._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0)), one_head(TWO_CONSUMERS)),
+        (long._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0)), TWO_CONSUMERS),
         (full, FORWARD[64]),
-        (full._replace(seqlen_q=SHORT, seqlen_k=SHORT), TWO_CONSUMERS_SHORT),
+        (full._replace(softcap=True), TWO_CONSUMERS),
+        (full._replace(alibi=True), TWO_CONSUMERS),
+        (full._replace(seqlen_q=SHORT, seqlen_k=SHORT), TWO_CONSUMERS),
         (full._replace(seqlen_q=SHORT, seqlen_k=2 * SHORT), FORWARD[64]),
     ):
         assert one_head(hopper_forward_config(given)) == wanted
@@ -309,7 +310,7 @@ def test_heads_of_causal_tiles_share_the_cache(direction):
 
     lengths = [{"seqlen_q": n, "seqlen_k": n, "window": (None, 0)} for n in (512, 2048, 8192, 2**20)]
     counts = [heads(**each) for each in lengths]
-    assert counts == sorted(counts, reverse=True) and counts[0] > 4 * counts[-1] >= 32
+    assert counts == sorted(counts, reverse=True) and counts[0] > 2 * counts[-1] >= 32
     grouped = heads(**{"nheads_k": 2, **lengths[0]})
     assert grouped == (counts[0] * 2 if direction == "forward" else counts[0] // 2)
     assert heads(window=(None, None)) == 1
@@ -335,12 +336,18 @@ def test_short_causal_gradients_take_two_passes():
     assert isinstance(hopper_backward_config(problem(**sizes)), HopperTwoPassConfig)
     for other in (
         dict(seqlen_k=SHORT_TWO_PASS + 1),
-        dict(nheads_k=4),
         dict(window=(None, None)),
         dict(headdim=64),
         dict(alibi=True),
     ):
         assert isinstance(hopper_backward_config(problem(**{**sizes, **other})), HopperOnePassConfig)
+
+
+def test_tiles_are_drawn_early_where_every_program_has_many():
+    sizes = dict(headdim=64, window=(None, 0), seqlen_q=4096, seqlen_k=4096)
+    assert hopper_backward_config(problem(**sizes, nheads=32, nheads_k=32, batch_size=4)).ahead
+    assert not hopper_backward_config(problem(**sizes, nheads=32, nheads_k=8, batch_size=1)).ahead
+    assert not hopper_backward_config(problem(**{**sizes, "headdim": 128}, nheads=32, nheads_k=32, batch_size=4)).ahead
 
 
 def test_deterministic_gradients_take_one_pass_where_programs_do_not_queue():
@@ -361,7 +368,8 @@ def test_deterministic_gradients_take_one_pass_where_programs_do_not_queue():
         assert isinstance(config(headdim, one_pass, causal), HopperOnePassConfig)
     assert isinstance(config(128, 4096, True, nheads=2, nheads_k=2, batch_size=1), HopperTwoPassConfig), "two heads"
     assert isinstance(config(256, 4096, True), HopperTwoPassConfig), "no registers"
-    assert isinstance(config(64, 4096, True, softcap=True), HopperTwoPassConfig), "no registers"
+    assert isinstance(config(64, 4096, True, softcap=True), HopperOnePassConfig)
+    assert isinstance(config(64, 4096, True, softcap=True, alibi=True), HopperTwoPassConfig), "no registers"
     assert config(128, 2048, False).heads_together > config(128, 16384, False).heads_together == FEWEST_IN_ORDER
     assert config(128, 4096, True, nheads_k=8).heads_together == HEADS_IN_ORDER // 4
 

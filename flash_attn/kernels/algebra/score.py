@@ -73,28 +73,37 @@ def load_slope(score, batch, head):
 
 
 @triton.jit
-def score_forward(qk, rows, cols, span, score, slope):
-    """Scores of a tile of dot products, in units of `score_unit`; rows and cols broadcast to the tile."""
+def key_distance(rows, cols, span):
+    """How far before a row's diagonal a key lies, as fp32; rows and cols broadcast to a tile."""
+    return (rows + (span.seqlen_k - span.seqlen_q)).to(tl.float32) - cols.to(tl.float32)
+
+
+@triton.jit
+def score_forward(qk, distance, score, slope):
+    """Scores of a tile of dot products, in units of `score_unit`; `distance` is `key_distance`."""
     if score.negative is not None:
         qk = -qk
     if score.softcap is not None:
         qk = soft_limit(qk, score)
     if score.alibi_slopes is not None:
-        distance = (rows + (span.seqlen_k - span.seqlen_q)).to(tl.float32) - cols.to(tl.float32)
         qk = qk - slope * tl.abs(distance)
     return qk
 
 
 @triton.jit
-def score_backward(ds, qk, score):
+def score_backward(ds, tile, qk, score):
     """d(loss)/d(q . k) without the softmax scale, from d(loss)/d(score): the VJP of score_forward.
 
-    The factor `gradient_scale` is left out, so that it is applied once to a finished sum.
+    `tile` holds the scores of qk, -inf where hidden; a finished ds is 0 there. As the VJP is linear, a kernel may apply it to
+    a factor of ds instead. The factor `gradient_scale` is left out, so that it is applied once to a finished sum.
     """
     if score.softcap is not None:
-        if score.negative is not None:
-            qk = -qk
-        t = soft_limit(qk, score)
+        if score.alibi_slopes is None:
+            t = tl.maximum(tile, -1.0)  # the tile is a tanh already
+        else:
+            if score.negative is not None:
+                qk = -qk
+            t = soft_limit(qk, score)
         ds = ds * (1.0 - t * t)
     return ds
 

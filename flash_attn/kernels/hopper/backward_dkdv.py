@@ -22,7 +22,7 @@ tensor-core descriptor.
 """
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
+from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
 from flash_attn.kernels.hopper.backward_tiles import (
     allocate_statistics,
@@ -77,6 +77,7 @@ def load_partition(
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
     IN_ORDER: gl.constexpr = work.in_order is not None
+    AHEAD: gl.constexpr = work.ahead is not None
     BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1, 0, 1, 0, 1
     index = next_tile(first_tile(work), sequences, work, window, BLOCK_N)
@@ -93,7 +94,7 @@ def load_partition(
             if WITH_DK:
                 fill(v_ring, slot, k_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        if not IN_ORDER:
+        if AHEAD:
             index = next_tile(draw(work), sequences, work, window, BLOCK_N)
             announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
             t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
@@ -112,8 +113,8 @@ def load_partition(
                 row_delta.index(d_slot).store(row_deltas)
                 mbarrier.arrive(dout_ring.full.index(d_slot), count=1)
             d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-            head, m_block = next_group_block(head, m_block, begin, end, IN_ORDER)
-        if IN_ORDER:  # the program that is done first gets the tile that others wait for first
+            head, m_block = next_group_block(head, m_block, begin, end, head_k * work.group, work.group, IN_ORDER)
+        if not AHEAD:  # the program that is done first gets the longest tile, or the one that others wait for
             index = next_tile(draw(work), sequences, work, window, BLOCK_N)
             announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_N, BLOCK_M)
             t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
@@ -156,12 +157,11 @@ def accumulate_dkdv(
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end)
         lse = row_lse.index(q_slot).load(lanes)[None, :]
-        weights = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
+        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
         if WITH_DK:
             dp = warpgroup_mma_wait(0, deps=(dp,))
             delta = row_delta.index(d_slot).load(lanes)[None, :]
-            dqk = score_backward(softmax_backward(weights, dp, delta), qk, score)
-            ds = gl.convert_layout(dqk.to(dtype), operand)
+            ds = gl.convert_layout(softmax_backward(sensitivity, dp, delta).to(dtype), operand)
             if not WITH_DV:
                 mbarrier.arrive(dout_ring.empty.index(d_slot), count=1)
         if WITH_DV:
@@ -172,7 +172,7 @@ def accumulate_dkdv(
         old_q, old_d = q_slot, d_slot
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-        head, m_block = next_group_block(head, m_block, begin, end, False)
+        head, m_block = next_group_block(head, m_block, begin, end, 0, work.group, False)
         if score.alibi_slopes is not None:
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         # behind the last block this multiplies whatever lies there, and nothing reads it

@@ -21,7 +21,7 @@ tensor-core descriptor.
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.locate import row_base
-from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
+from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
 from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, tile_weights
 from flash_attn.kernels.hopper.pipeline import (
@@ -135,12 +135,14 @@ def accumulate_dq(
         dp = product(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
         cols = (n_block * BLOCK_N + lanes)[None, :]
         masked = (n_block < full_begin) | (n_block >= full_end)
-        weights = tile_weights(qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope)
+        _weights, sensitivity = tile_weights(
+            qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope
+        )
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-        dqk = score_backward(softmax_backward(weights, dp, along_rows(row_delta, layout)), qk, score)
-        ds = gl.convert_layout(dqk.to(dtype), operand)
+        ds = softmax_backward(sensitivity, dp, along_rows(row_delta, layout)).to(dtype)
+        ds = gl.convert_layout(ds, operand)
         dq = warpgroup_mma(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, is_async=True)
         old_slot = k_slot
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)

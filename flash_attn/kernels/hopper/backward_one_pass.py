@@ -30,7 +30,7 @@ tile does not wait for rows that it does not see, and two more warps hand the tu
 from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.arguments import Window
-from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward
+from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import softmax_backward
 from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, store_gradient
 from flash_attn.kernels.hopper.backward_dq_sum import PART, first_dq_block, in_register_order, part_pointer
@@ -151,7 +151,7 @@ def turn_partition(
         follows = sees & (n_block > 0)
         shared_end = gl.where(follows, before_end, begin)  # the blocks below get something from the tile before, too
         first_block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED)
-        m_block = first_group_block(begin, end, True)
+        m_block, first_head = first_group_block(begin, end, True), head
         for _step in range((end - begin) * work.group):
             pointer = turns + gl.cast(head, gl.int64) * num_dq_blocks + first_block + m_block
             if PASSES:
@@ -166,7 +166,7 @@ def turn_partition(
                     waits = gl.atomic_add(pointer, 0, sem="acquire") < n_block
                 mbarrier.arrive(turn.given.index(slot), count=1)
             slot, phase = advance(slot, phase, TURN_STAGES)
-            head, m_block = next_group_block(head, m_block, begin, end, True)
+            head, m_block = next_group_block(head, m_block, begin, end, first_head, work.group, True)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)
 
 
@@ -192,7 +192,7 @@ def accumulate(
     k_tile = matrix(k_ring, k_slot * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
     qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
     qk = warpgroup_mma_wait(0, deps=(qk,))
-    m_block = first_group_block(begin, end, DOWN)
+    m_block, first_head = first_group_block(begin, end, DOWN), head
     spare = num_dq_blocks - 1
     if begin * BLOCK_M >= span.seqlen_q:  # the one block of a tile that no row sees may lie past the end
         first_block = spare - begin
@@ -210,10 +210,10 @@ def accumulate(
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end) | ends
         lse = row_lse.index(slot).load(lanes)[None, :]
-        weights = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
+        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         delta = row_delta.index(slot).load(lanes)[None, :]
-        ds = score_backward(softmax_backward(weights, dp, delta), qk, score).to(dtype)
+        ds = softmax_backward(sensitivity, dp, delta).to(dtype)
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)  # of the block before, maybe in the tile before
         mbarrier.wait(dout_ring.empty.index(old_slot), old_phase)
         matrix(ds_ring, slot * 2 + CONSUMER, WARPGROUP_ROWS, BLOCK_M).store(ds)
@@ -229,7 +229,7 @@ def accumulate(
         dv, p, dq = warpgroup_mma_wait(1, deps=(dv, p, dq))
         mbarrier.arrive(dout_ring.empty.index(slot), count=1)
         present = part_pointer(dq_sum, head, first_block + m_block, CONSUMER, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
-        head, m_block = next_group_block(head, m_block, begin, end, DOWN)
+        head, m_block = next_group_block(head, m_block, begin, end, first_head, work.group, DOWN)
         if score.alibi_slopes is not None:
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         old_slot = slot
@@ -296,12 +296,13 @@ def attn_bwd_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, turns, softmax_lse, delta, sequences, score, counter,
     num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
     window_right, nheads, group,
-    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     ORDERED: gl.constexpr = turns is not None
     sizes = num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k
-    work = Work(counter, *sizes, 1, 1 if ORDERED else None)
+    work = Work(counter, *sizes, 1, 1 if ORDERED else None, 1 if AHEAD and not ORDERED else None)
     window = Window(window_left, window_right)
     k_ring = allocate_ring(k_desc, K_STAGES * 2, 2)
     v_ring = allocate_ring(v_desc, K_STAGES * 2, 1)

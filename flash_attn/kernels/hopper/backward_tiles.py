@@ -2,19 +2,21 @@
 
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
-from flash_attn.kernels.algebra.score import score_forward, unit_log2
+from flash_attn.kernels.algebra.score import key_distance, score_backward, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_weights
 from flash_attn.kernels.hopper.pipeline import gl, gluon
 
 
 @gluon.jit
 def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope):
-    """Softmax weights of a tile of dot products, in either orientation; 0 where a row may not see a key."""
-    tile = score_forward(qk, rows, cols, span, score, slope)
+    """(softmax weights, their part of the gradient of qk) of a tile of dot products, in either orientation; 0 where a row may
+    not see a key."""
+    tile = score_forward(qk, key_distance(rows, cols, span), score, slope)
     if masked:
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, cols, lo, hi, window)
-    return softmax_weights(tile, unit_log2(score), row_lse)
+    weights = softmax_weights(tile, unit_log2(score), row_lse)
+    return weights, score_backward(weights, tile, qk, score)
 
 
 @gluon.constexpr_function
@@ -60,15 +62,20 @@ def first_group_block(begin, end, DOWN: gl.constexpr):
 
 
 @gluon.jit
-def next_group_block(head, m_block, begin, end, DOWN: gl.constexpr):
-    """The next step of the loop over the query heads of a group and their blocks [begin, end), flattened."""
+def next_group_block(head, m_block, begin, end, first_head, group, DOWN: gl.constexpr):
+    """The next step of the loop over the query heads of a group and their blocks [begin, end), flattened.
+
+    Downwards, where tiles wait for each other, the heads of a block follow each other: programs that pass through a head one
+    after the other would queue at its first block.
+    """
     if DOWN:
-        m_block -= 1
-        over = m_block < begin
+        head += 1
+        if head == first_head + group:
+            head = first_head
+            m_block -= 1
     else:
         m_block += 1
-        over = m_block == end
-    if over:
-        m_block = first_group_block(begin, end, DOWN)
-        head += 1
+        if m_block == end:
+            m_block = begin
+            head += 1
     return head, m_block

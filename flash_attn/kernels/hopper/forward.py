@@ -23,7 +23,7 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.interval import hide, key_interval
-from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
+from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
@@ -157,13 +157,30 @@ def softmax_step(row_max, row_sums, tile, unit, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def tile_distance(rows, first_col, span, layout: gl.constexpr, BLOCK_N: gl.constexpr):
+    """algebra.score.key_distance by groups of 8 keys, of which a thread has two: integers become floats at the speed of
+    exponentials, so this converts two a row, and what the groups add is constant."""
+    groups_layout: gl.constexpr = (
+        gl.zeros((WARPGROUP_ROWS, BLOCK_N), gl.float32, layout).reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8).type.layout
+    )
+    row_layout: gl.constexpr = gl.SliceLayout(1, groups_layout)
+    within = first_col + gl.arange(0, 8, layout=gl.SliceLayout(0, row_layout))
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, row_layout))
+    nearest = key_distance(rows[:, None], within[None, :], span)
+    groups = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, groups_layout))) * 8
+    groups = gl.expand_dims(groups[None, :], 2).to(gl.float32)
+    distance = gl.expand_dims(nearest, 1) - groups
+    return gl.convert_layout(distance.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
+
+
+@gluon.jit
 def score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N: gl.constexpr):
     """Scores of one block of dot products, -inf where a row may not see a key."""
     layout: gl.constexpr = tile.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))
     lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     first_col = n_block * BLOCK_N
-    tile = score_forward(tile, rows[:, None], (first_col + lanes)[None, :], span, score, slope)
+    tile = score_forward(tile, tile_distance(rows, first_col, span, layout, BLOCK_N), score, slope)
     if masked:
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, lanes[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window)

@@ -30,6 +30,7 @@ class Work(NamedTuple):
     total_k: Any
     by_keys: Any = None  # 1 when tiles are key blocks
     in_order: Any = None  # 1 when a tile may wait for one with a lower number
+    ahead: Any = None  # 1 when a program draws its next tile at the beginning of the present one
 
 
 @gluon.jit

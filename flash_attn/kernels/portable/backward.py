@@ -16,7 +16,14 @@ from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
-from flash_attn.kernels.algebra.score import gradient_scale, load_slope, score_backward, score_forward, unit_log2
+from flash_attn.kernels.algebra.score import (
+    gradient_scale,
+    key_distance,
+    load_slope,
+    score_backward,
+    score_forward,
+    unit_log2,
+)
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_delta, softmax_weights
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds
@@ -26,7 +33,7 @@ from flash_attn.kernels.portable.tiles import load_rows, store_rows
 @triton.jit
 def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window, score, slope, dropout, bits):
     """(weights that multiplied v, gradient of qk) of one tile: the whole chain rule, for either orientation of the tile."""
-    tile = score_forward(qk, rows, cols, span, score, slope)
+    tile = score_forward(qk, key_distance(rows, cols, span), score, slope)
     weights = softmax_weights(tile, unit_log2(score), row_lse)
     if masked:
         weights = tl.where(visible(rows, cols, span, window), weights, 0.0)
@@ -34,7 +41,7 @@ def tile_gradients(qk, dp, row_lse, row_delta, rows, cols, masked, span, window,
     if dropout.rng_state is not None:
         used = drop(dropout, bits, weights)
         dp = drop(dropout, bits, dp) * kept_scale(dropout)
-    return used, score_backward(softmax_backward(weights, dp, row_delta), qk, score)
+    return used, softmax_backward(score_backward(weights, tile, qk, score), dp, row_delta)
 
 
 @triton.jit

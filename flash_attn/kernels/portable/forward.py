@@ -15,7 +15,7 @@ from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import key_blocks, visible
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
-from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
+from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.tiles import load_page_rows, load_paged_rows, load_rows, store_rows
@@ -66,7 +66,7 @@ def attend(
         k_tile = load_keys(k, k_desc, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         cols = n_block * BLOCK_N + lanes
-        tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)
+        tile = score_forward(qk, key_distance(rows[:, None], cols[None, :], span), score, slope)
         if (n_block < full_begin) | (n_block >= full_end):
             tile = tl.where(visible(rows[:, None], cols[None, :], span, window), tile, float("-inf"))
         weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)

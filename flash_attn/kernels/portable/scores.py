@@ -7,7 +7,7 @@ from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, keep_mask, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import visible
 from flash_attn.kernels.algebra.locate import sequence_base
-from flash_attn.kernels.algebra.score import load_slope, score_forward, unit_log2
+from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_step
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.forward import LENGTHS, key_block_bounds, load_keys
@@ -23,7 +23,7 @@ def masked_scores(
     k_tile = load_keys(k, None, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
     cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = score_forward(qk, rows[:, None], cols[None, :], span, score, slope)
+    tile = score_forward(qk, key_distance(rows[:, None], cols[None, :], span), score, slope)
     return tl.where(visible(rows[:, None], cols[None, :], span, window), tile, float("-inf")), cols
 
 
