@@ -25,7 +25,6 @@ from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     APPEND_ROWS,
     MERGE_SPLITS,
-    DecodeConfig,
     block_m,
     decode_config,
     keys_per_split,
@@ -165,7 +164,7 @@ def group_size(operands: Operands) -> int:
 def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode:
     """The launches for tensors like these; `num_splits` 0 leaves the choice."""
     hardware = portable.hardware_of(operands.q.device)
-    config, gathered = tile_config(problem, operands, hardware)
+    config = decode_config(problem, hardware)
     per_split = keys_per_split()
     packed_rows = operands.max_seqlen_q * group_size(operands)
     num_tiles = (
@@ -177,17 +176,11 @@ def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) ->
         fixed_blocks = math.ceil(per_split / config.block_n)
         num_splits = math.ceil(operands.max_seqlen_k / (fixed_blocks * config.block_n))
     elif num_splits == 0:
+        *_, whole = page_numbers(operands, config.block_n)
+        gathered = operands.block_table is not None and whole is None
         num_splits = split_count(num_tiles, math.ceil(num_keys / config.block_n), gathered, hardware, config)
     num_splits = max(1, num_splits)
     return bind_decode(problem, operands, hardware, num_tiles, num_splits, fixed_blocks)
-
-
-def tile_config(problem: AttentionProblem, operands: Operands, hardware: Hardware) -> tuple[DecodeConfig, bool]:
-    """The decode kernel's configuration, and whether a tile's keys lie in several pages."""
-    config = decode_config(problem, hardware)
-    *_, whole = page_numbers(operands, config.block_n)
-    gathered = operands.block_table is not None and whole is None
-    return (decode_config(problem, hardware, gathered) if gathered else config), gathered
 
 
 def visible_keys(operands: Operands) -> int:
@@ -211,7 +204,7 @@ def bind_decode(
     from flash_attn.kernels.portable.decode import attn_decode_split_kernel
 
     q = operands.q
-    config, _gathered = tile_config(problem, operands, hardware)
+    config = decode_config(problem, hardware)
     group = group_size(operands)
     _, scale, softcap, score_rest, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
     q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))

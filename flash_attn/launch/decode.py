@@ -27,9 +27,9 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int  # that run at the same time: what the number of splits aims to fill
 
 
-def decode_config(problem: AttentionProblem, hardware: Hardware, gathered: bool = False) -> DecodeConfig:
-    """The configuration for one problem; `gathered` says that a tile's keys lie in several pages."""
-    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, hardware, gathered)
+def decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
+    """The configuration for one problem, the same for pages of any size, so that they change no bit of a result."""
+    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, hardware)
 
 
 def block_m(packed_rows: int) -> int:
@@ -100,7 +100,7 @@ GATHERED_ALONE = 1.2
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(dtype: str, headdim: int, hardware: Hardware, gathered: bool) -> DecodeConfig:
+def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
     if hardware.kind == "cpu":
         return INTERPRETER
     if dtype == "float32":
@@ -108,9 +108,7 @@ def _choose(dtype: str, headdim: int, hardware: Hardware, gathered: bool) -> Dec
     elif hardware.kind == "hip":
         table = RDNA if hardware.arch.startswith("gfx1") else CDNA
     else:
-        table = NVIDIA
-        if hardware.arch in ("sm_90", "sm_100"):
-            table = HOPPER_GATHERED if gathered else HOPPER
+        table = HOPPER if hardware.arch in ("sm_90", "sm_100") else NVIDIA
     config = table[head_dim_pad(headdim)]
     # rows whose alignment the compiler cannot know are loaded element by element, through registers
     return config if headdim % 16 == 0 else config._replace(block_n=min(config.block_n, 32), num_warps=8)
@@ -127,8 +125,6 @@ HOPPER = {
     128: DecodeConfig(64, 4, 4, 2),
     256: DecodeConfig(32, 4, 4, 2),
 }
-# more warps for the addresses of single rows: up to 3 % faster. H200, bf16, pages of 16 tokens, 2026-11-23
-HOPPER_GATHERED = {**HOPPER, 128: DecodeConfig(64, 8, 3, 3)}
 # unmeasured hardware: chosen to fit the smallest shared memory of the family
 NVIDIA = {
     16: DecodeConfig(64, 4, 3, 4),

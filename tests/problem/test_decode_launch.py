@@ -74,12 +74,6 @@ def test_every_problem_has_a_configuration(arch, dtype, headdim):
     assert decode_config(problem._replace(batch_size=256), Hardware(kind, arch, 100, 64 * 1024)) == config
 
 
-def test_keys_of_small_pages_are_gathered_by_more_warps():
-    problem = AttentionProblem("paged_cache", "bfloat16", 4, 1, 4096, 32, 8, 128)
-    assert decode_config(problem, H200, gathered=True).num_warps > decode_config(problem, H200).num_warps
-    assert decode_config(problem, SMALL_GPU, gathered=True) == decode_config(problem, SMALL_GPU)
-
-
 def test_a_lone_program_that_gathers_keys_is_split():
     assert split_count(128, 128, True, H200, CONFIG) == 2
     assert split_count(128, 128, False, H200, CONFIG) == 1
