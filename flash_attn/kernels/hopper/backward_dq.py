@@ -48,13 +48,12 @@ from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
     Work,
     allocate_tiles,
-    announce,
+    announce_next,
     announced_span,
     clear_counter,
     draw,
     first_tile,
     full_key_blocks,
-    next_tile,
     tile_at,
     tile_blocks,
     tile_field,
@@ -71,9 +70,9 @@ def load_partition(
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = next_tile(first_tile(work), sequences, work, window, BLOCK_M)
-    announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
-    t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+    index, t_slot, t_phase = announce_next(
+        tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
+    )
     while index < work.num_tiles:
         m_block, head, batch = tile_at(index, work, window)
         span = tile_span(batch, sequences, work)
@@ -90,9 +89,9 @@ def load_partition(
             fill(dout_ring, slot, q_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
             fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-        index = next_tile(draw(work), sequences, work, window, BLOCK_M)
-        announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        index, t_slot, t_phase = announce_next(
+            tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
+        )
         for n_block in range(begin + 1, end):
             first = n_block * BLOCK_N
             fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)

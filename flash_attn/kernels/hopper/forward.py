@@ -50,13 +50,12 @@ from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
     Work,
     allocate_tiles,
-    announce,
+    announce_next,
     announced_span,
     clear_counter,
     draw,
     first_tile,
     full_key_blocks,
-    next_tile,
     tile_at,
     tile_blocks,
     tile_field,
@@ -85,9 +84,9 @@ def load_partition(
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = next_tile(first_tile(work), sequences, work, window, BLOCK_M)
-    announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
-    t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+    index, t_slot, t_phase = announce_next(
+        tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
+    )
     while index < work.num_tiles:
         m_block, head, batch = tile_at(index, work, window)
         span = tile_span(batch, sequences, work)
@@ -102,9 +101,9 @@ def load_partition(
         head_k = head // work.group
         load_block(k_desc, k_ring, k_slot, k_phase, end - 1, span, batch, head_k, BLOCK_N, PACKED)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        index = next_tile(draw(work), sequences, work, window, BLOCK_M)
-        announce(tiles, t_slot, t_phase, index, sequences, work, window, BLOCK_M, BLOCK_N)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+        index, t_slot, t_phase = announce_next(
+            tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
+        )
         for step in range(1, end - begin):
             n_block = end - 1 - step
             load_block(k_desc, k_ring, k_slot, k_phase, n_block, span, batch, head_k, BLOCK_N, PACKED)

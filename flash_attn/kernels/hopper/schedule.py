@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_interval
 from flash_attn.kernels.algebra.span import Span, load_span
-from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
+from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, advance, allocate_barriers, gl, gluon, mbarrier
 
 TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
@@ -173,6 +173,15 @@ def announce(tiles, slot, phase, index, sequences, work, window, TILE: gl.conste
     for field in gl.static_range(TILE_FIELDS):
         tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
     mbarrier.arrive(tiles.full.index(slot), count=1)
+
+
+@gluon.jit
+def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
+    """Announce the first tile from `index` on that has rows; returns (its number, slot, phase of the next one)."""
+    index = next_tile(index, sequences, work, window, TILE)
+    announce(tiles, slot, phase, index, sequences, work, window, TILE, STEP)
+    slot, phase = advance(slot, phase, TILE_STAGES)
+    return index, slot, phase
 
 
 @gluon.jit
