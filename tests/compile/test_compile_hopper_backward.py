@@ -103,7 +103,10 @@ def pins(variant: Variant, form: str) -> dict[str, Any]:
     """The configuration of a form that the sizes of a variant do not ask for by themselves."""
     if two_passes(variant, form):
         return {"hopper_backward": TWO_PASS[variant.pad][variant.feature == "scores"]}
-    return {"hopper_backward": ONE_PASS[variant.pad]} if form == "in order" and variant.causal else {}
+    if form == "in order":
+        return {"hopper_backward": ONE_PASS[variant.pad]} if variant.causal else {}
+    early = variant.pad == 64 and not variant.causal
+    return {"hopper_backward": ONE_PASS[64]._replace(ahead=True)} if early else {}
 
 
 def two_passes(variant: Variant, form: str) -> bool:

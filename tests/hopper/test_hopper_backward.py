@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, launch
-from flash_attn.launch.hopper import FORWARD, ONE_PASS, TWO_PASS, head_dim_pad
+from flash_attn.launch.hopper import CROWDED, FORWARD, ONE_PASS, TWO_PASS, head_dim_pad
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
 from tests.support.inputs import make_inputs
@@ -29,10 +29,13 @@ def each_form(*headdims: int) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def chosen(form: str, headdim: int, scores: bool = False) -> Iterator[bool]:
-    """`deterministic` of a call in one form; `scores` have a softcap or ALiBi."""
+def chosen(form: str, headdim: int, score_features: int = 0) -> Iterator[bool]:
+    """`deterministic` of a call in one form, with so many of softcap and ALiBi; at head dim 64 tiles are drawn early."""
     pad = head_dim_pad(headdim)
-    config = TWO_PASS[pad][scores] if form == "two passes" else ONE_PASS[pad]._replace(heads_together=3)
+    if form == "two passes":
+        config = TWO_PASS[pad][score_features >= CROWDED[pad]]
+    else:
+        config = ONE_PASS[pad]._replace(heads_together=3, ahead=pad == 64)
     with launch.pinned(hopper_backward=config):
         yield form != "any order"
 
@@ -47,7 +50,7 @@ def gradients(case, inputs, form, q=None, k=None, v=None, dout=None):
     """(dq, dk, dv) of a case, or of other tensors in its place."""
     given = (inputs.q if q is None else q, inputs.k if k is None else k, inputs.v if v is None else v)
     leaves = [x.detach().requires_grad_() for x in given]
-    with chosen(form, case.headdim, bool(case.softcap) or case.alibi is not None) as deterministic:
+    with chosen(form, case.headdim, (case.softcap > 0.0) + (case.alibi is not None)) as deterministic:
         out = calls.public(case, inputs, *leaves, deterministic=deterministic)
         return torch.autograd.grad(out, leaves, inputs.dout if dout is None else dout)
 
@@ -91,11 +94,11 @@ FEATURES = {
 
 
 def features_and_forms() -> list[tuple[str, int, str]]:
-    """Softcapped tiles of head dim 64 have two passes alone; where there is one pass, two add little."""
+    """With softcap and ALiBi, head dim 64 has two passes alone; where there is one pass, two add little."""
     found = []
     for feature, words in FEATURES.items():
         for headdim in WIDTHS:
-            one_pass = headdim in ONE_PASS and not (headdim == 64 and "softcap" in words)
+            one_pass = headdim in ONE_PASS and not (headdim == 64 and {"softcap", "alibi"} <= words.keys())
             names = forms(headdim) if feature == "band" else forms(headdim)[:2]
             found += [(feature, headdim, form) for form in (names if one_pass else ["two passes"])]
     return found
