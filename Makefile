@@ -15,17 +15,17 @@ if-installed = if $(RUN) -c "import $(1)" 2>/dev/null; then $(2); else echo "ski
 numpy-suits-interpreter := $(RUN) -c "import numpy; exit(int(numpy.__version__.split('.')[1]) >= 4)"
 lint-with = $(call if-installed,ruff,$(RUN) -m ruff $(1))
 
-.PHONY: test test-interpreter test-rest test-triton test-torch test-gpu demo demo-serve bench lint typecheck wheel format setup clean
+.PHONY: test test-interpreter test-rest test-triton test-torch test-gpu demo demo-serve bench lint typecheck wheel format setup setup-clients clean
 
 # One at a time and in this order, so that the last line is pytest's summary.
 .NOTPARALLEL:
-test: lint typecheck wheel test-interpreter test-rest
+test: setup-clients lint typecheck wheel test-interpreter test-rest
 
-test-interpreter: setup
+test-interpreter: setup-clients
 	@if ! $(numpy-suits-interpreter); then echo "skipped, Triton's interpreter needs numpy below 2.4"; else \
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(SEEDED) -m "interpreter and $(NOT_HERE)" tests; fi
 
-test-rest: setup
+test-rest: setup-clients
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(SEEDED) -m "not interpreter and $(NOT_HERE)" tests
 
 # The compile checks with another release of Triton than the one that torch brought.
@@ -41,7 +41,7 @@ test-torch:
 	env -u TRITON_INTERPRET .venv.torch-$(TORCH)/bin/python -m pytest -q -n $(JOBS) --dist worksteal \
 		-m "not interpreter and $(NOT_HERE)" --ignore tests/compile tests
 
-test-gpu: setup
+test-gpu: setup-clients
 	env -u TRITON_INTERPRET $(RUN) -m pytest -q -n $(GPU_JOBS) --dist worksteal -m "gpu and not slow" tests
 
 demo: setup
@@ -57,7 +57,7 @@ lint: setup
 	@$(call lint-with,check .)
 	@$(call lint-with,format --check .)
 
-typecheck: setup
+typecheck: setup-clients
 	@$(call if-installed,mypy,$(RUN) -m mypy)
 
 wheel: setup
@@ -69,6 +69,9 @@ format: setup
 
 setup:
 	@$(PYTHON) tools/setup_env.py
+
+setup-clients:
+	@$(PYTHON) tools/setup_env.py --clients
 
 clean:
 	rm -rf .venv .venv.triton-* .venv.torch-* build dist demo *.egg-info

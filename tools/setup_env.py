@@ -5,10 +5,12 @@ Which torch is used, in this order:
 2. the one found in .venv, if a developer put another version or build there;
 3. the version pinned in constraints/torch.txt, in whatever build the package index offers.
 Triton comes with GPU builds of torch. Where none came, constraints/triton-without-gpu.txt names the one to install.
-FlagGems comes without its dependencies, which pin an old numpy: without a GPU only the sources of its kernels are used.
-So do the clients whose code tests/clients runs, and what constraints/clients.txt says they need.
+With --clients it adds what tests alone need: FlagGems, without its dependencies, which pin an old numpy (without a GPU only the
+sources of its kernels are used), and likewise the clients whose code tests/clients runs, with what constraints/clients.txt says
+they need.
 """
 
+import argparse
 import hashlib
 import platform
 import shutil
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "setup-stamp"
+CLIENTS_STAMP = VENV / "clients-stamp"
 PINS = ROOT / "constraints" / "python.txt"
 TORCH_PIN = ROOT / "constraints" / "torch.txt"
 TRITON_PIN = ROOT / "constraints" / "triton-without-gpu.txt"
@@ -52,18 +55,30 @@ def main() -> None:
     """Creates or completes .venv, or returns at once when it is up to date."""
     if sys.version_info < (3, 10):  # noqa: UP036 — `python3` may be any version when make starts this
         raise SystemExit(f"Python 3.10 or newer is needed, not {platform.python_version()}: try make PYTHON=python3.12")
+    parser = argparse.ArgumentParser(description="Prepares .venv in this checkout.")
+    parser.add_argument("--clients", action="store_true", help="also what tests alone need")
+    options = parser.parse_args()
     wanted = fingerprint()
-    if STAMP.is_file() and STAMP.read_text() == wanted and VENV_PYTHON.exists():
-        return
-    STAMP.unlink(missing_ok=True)
-    if succeeds(sys.executable, DRIVES_A_GPU):
-        borrow_packages()
-        install_missing()
-    else:
-        create_own()
-        install_everything()
-    say(f"ready: Python {platform.python_version()}, {output_of(SHOW_VERSIONS)}")
-    STAMP.write_text(wanted)
+    if not stamped(STAMP, wanted):
+        for stamp in (STAMP, CLIENTS_STAMP):
+            stamp.unlink(missing_ok=True)
+        if succeeds(sys.executable, DRIVES_A_GPU):
+            borrow_packages()
+            install_missing()
+        else:
+            create_own()
+            install_tools()
+        say(f"ready: Python {platform.python_version()}, {output_of(SHOW_VERSIONS)}")
+        STAMP.write_text(wanted)
+    if options.clients and not stamped(CLIENTS_STAMP, wanted):
+        if succeeds(VENV_PYTHON, HAS_ITS_OWN_PIP):
+            install_clients()
+        CLIENTS_STAMP.write_text(wanted)
+
+
+def stamped(stamp: Path, wanted: str) -> bool:
+    """Whether what the stamp stands for was done, for the same inputs."""
+    return stamp.is_file() and stamp.read_text() == wanted and VENV_PYTHON.exists()
 
 
 def fingerprint() -> str:
@@ -105,7 +120,7 @@ def create_own() -> None:
         create_venv()
 
 
-def install_everything() -> None:
+def install_tools() -> None:
     """Torch first; then Triton if torch brought none; then the rest, so that nothing overrules torch's choice."""
     if not importable("torch"):
         say("installing torch")
@@ -116,6 +131,11 @@ def install_everything() -> None:
     say("installing the tools for tests and demo")
     pip("install", "--constraint", str(PINS), "setuptools", "wheel")
     pip("install", "--constraint", str(PINS), "--no-build-isolation", "--editable", f"{ROOT}[dev]")
+
+
+def install_clients() -> None:
+    """What tests run beside this package; without a network they are skipped."""
+    say("installing the packages whose own code the tests run")
     if not pip("install", "--no-deps", "--requirement", str(FLAGGEMS_PIN), check=False):
         say("going on without FlagGems, whose tests are then skipped")
     if not pip("install", "--no-deps", "--no-compile", "--requirement", str(CLIENTS_PIN), check=False):
