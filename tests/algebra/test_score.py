@@ -26,7 +26,7 @@ LN_2 = 0.6931471805599453
 @triton.jit
 def score_kernel(
     qk, ds, tile, gradient, slopes, softmax_scale, softcap, seqlen_q, seqlen_k,
-    ROWS: tl.constexpr, COLS: tl.constexpr, NEGATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, NEGATIVE: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
     score = Score(
         softmax_scale, softcap=softcap, alibi_slopes=slopes, stride_alibi_b=0, exact=1, negative=1 if NEGATIVE else None
@@ -38,15 +38,16 @@ def score_kernel(
     slope = algebra.load_slope(score, tl.program_id(0), 1)
     scores = algebra.score_forward(x, algebra.key_distance(rows, cols, span), score, slope)
     tl.store(tile + offsets, scores * algebra.unit_log2(score))
+    scores = tl.where(cols < HIDDEN, float("-inf"), scores)
     upstream = tl.load(ds + offsets)
     tl.store(gradient + offsets, algebra.score_backward(upstream, scores, x, score) * algebra.gradient_scale(score))
 
 
-def run(qk, ds, softmax_scale, softcap, slopes, seqlens):
+def run(qk, ds, softmax_scale, softcap, slopes, seqlens, hidden=0):
     tile, gradient = torch.empty_like(qk), torch.empty_like(qk)
     score_kernel[(1,)](
         qk, ds, tile, gradient, slopes, abs(softmax_scale), softcap or None, *seqlens,
-        ROWS=ROWS, COLS=COLS, NEGATIVE=softmax_scale < 0,
+        ROWS=ROWS, COLS=COLS, NEGATIVE=softmax_scale < 0, HIDDEN=hidden,
     )  # fmt: skip
     return tile.double() * LN_2, gradient.double()
 
@@ -84,6 +85,19 @@ def test_gradient_of_a_saturated_softcap_is_zero():
     qk = torch.full((ROWS, COLS), 1e6)
     actual, gradient = run(qk, torch.ones_like(qk), 1.0, 5.0, None, (ROWS, COLS))
     assert torch.all(actual.float() == 5.0) and torch.all(gradient == 0.0)
+
+
+@pytest.mark.parametrize("slope", [None, 0.25])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_hidden_scores_pass_nothing_on(softcap, slope, seed):
+    """Their ds is 0, which no derivative may turn into NaN; the others do not notice."""
+    generator = torch.Generator().manual_seed(seed)
+    qk, ds = (4.0 * torch.randn(ROWS, COLS, generator=generator) for _ in range(2))
+    ds[:, :8] = 0.0
+    words = 0.3, softcap, None if slope is None else torch.tensor([9.0, slope]), (ROWS, COLS)
+    _tile, gradient = run(qk, ds, *words, hidden=8)
+    assert torch.all(gradient[:, :8] == 0.0)
+    assert torch.equal(gradient, run(qk, ds, *words)[1])
 
 
 @triton.jit

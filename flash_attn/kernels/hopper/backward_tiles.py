@@ -9,7 +9,7 @@ from flash_attn.kernels.hopper.pipeline import gl, gluon
 
 @gluon.jit
 def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope):
-    """(softmax weights, their part of the gradient of qk) of a tile of dot products, in either orientation; 0 where a row may
+    """(softmax weights, the same times d(score)/d(q . k)) of a tile of dot products, in either orientation; 0 where a row may
     not see a key."""
     tile = score_forward(qk, key_distance(rows, cols, span), score, slope)
     if masked:
