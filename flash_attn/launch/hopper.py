@@ -179,7 +179,7 @@ TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
 }
 CROWDED = {64: 1, 128: 2, 256: 2}
 # Tiles drawn early cost nothing between one and the next, 2 to 4 % at head dim 64 and 4k or 16k tokens, but leave programs with
-# more work than others: 16 to 35 % with two tiles for each of them, whatever the head dim. 2026-11-23
+# more work than others: 21 to 36 % with two tiles for each of them, whatever the head dim. H200, 2026-11-23
 AHEAD_TILES = 2048
 # queries of a tile's loop from which on a second tile of K and V costs more than loading them late: 3 % at 4k and 16k tokens,
 # 2 % at 16k causal tokens, 3 % at 4k causal tokens of grouped heads; H200, 2026-11-22
