@@ -123,8 +123,8 @@ def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassC
     bytes_q = 8 * problem.seqlen_q * pad * group  # Q, dout and dq in fp32
     if not problem.deterministic:
         num_tiles = problem.batch_size * problem.nheads_k * math.ceil(problem.seqlen_k / (2 * CONSUMER_ROWS))
-        config = config._replace(ahead=pad == 64 and num_tiles >= AHEAD_TILES)
-        return config._replace(heads_together=_heads_in_cache(problem, pad, bytes_q))
+        ahead = pad == 64 and num_tiles >= AHEAD_TILES
+        return config._replace(heads_together=_heads_in_cache(problem, pad, bytes_q), ahead=ahead)
     heads = math.ceil(HEADS_IN_ORDER / group)
     if not problem.causal:
         heads = min(heads, max(FEWEST_IN_ORDER, ORDERED_L2_SHARE // max(1, bytes_q)))
@@ -182,7 +182,7 @@ CROWDED = {64: 1, 128: 2, 256: 2}
 # more work than others: 21 to 36 % with two tiles for each of them, whatever the head dim. H200, 2026-11-23
 AHEAD_TILES = 2048
 # queries of a tile's loop from which on a second tile of K and V costs more than loading them late: 3 % at 4k and 16k tokens,
-# 2 % at 16k causal tokens, 3 % at 4k causal tokens of grouped heads; H200, 2026-11-22
+# 2 % at 16k causal tokens, 3 % at 4k causal tokens of grouped heads; H200, 2026-11-22 and 23
 LONG, LONG_CAUSAL = 2048, 8192
 ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64, 2, 240, 1)}
 

@@ -141,7 +141,7 @@ def accumulate_dkdv(
     k_tile = matrix(k_ring, k_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
     qk = product(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
     qk = warpgroup_mma_wait(0, deps=(qk,))
-    m_block = begin
+    m_block, first_head = first_group_block(begin, end, False), head
     steps = (end - begin) * work.group
     gl.assume(steps > 0)
     for step in range(steps):
@@ -171,7 +171,7 @@ def accumulate_dkdv(
         old_q, old_d = q_slot, d_slot
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-        head, m_block = next_group_block(head, m_block, begin, end, 0, work.group, False)
+        head, m_block = next_group_block(head, m_block, begin, end, first_head, work.group, False)
         if score.alibi_slopes is not None:
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         # behind the last block this multiplies whatever lies there, and nothing reads it
