@@ -16,7 +16,7 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries
-from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward_config
+from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward_config, product_width
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
@@ -177,6 +177,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
 
     constants = {
         "HEAD_DIM_PAD": pad,
+        "WIDTH": product_width(problem.headdim),
         "BLOCK_N": config.block_n,
         "CONSUMERS": config.consumers,
         "STAGES": config.num_stages,

@@ -25,6 +25,7 @@ from flash_attn.launch.hopper import (
     HopperOnePassConfig,
     head_dim_pad,
     hopper_backward_config,
+    product_width,
 )
 from flash_attn.problem import AttentionProblem
 
@@ -163,6 +164,7 @@ def bind_dq(
     constants = {
         "HEAD_DIM": problem.headdim,
         "HEAD_DIM_PAD": pad,
+        "WIDTH": product_width(problem.headdim),
         "BLOCK_N": config.block_n,
         "CONSUMERS": CONSUMERS,
         "K_STAGES": config.k_stages,
@@ -211,6 +213,7 @@ def bind_dkdv(
 
     constants = {
         "HEAD_DIM_PAD": pad,
+        "WIDTH": product_width(problem.headdim),
         "BLOCK_M": config.block_m,
         "CONSUMERS": CONSUMERS,
         "K_STAGES": config.k_stages,
@@ -298,6 +301,7 @@ def _bind_products(
 
     constants = {
         "HEAD_DIM_PAD": pad,
+        "WIDTH": product_width(problem.headdim),
         "BLOCK_M": config.block_m,
         "K_STAGES": config.k_stages,
         "AHEAD": config.ahead,

@@ -66,6 +66,13 @@ def head_dim_pad(headdim: int) -> int:
     return max(64, forward.head_dim_pad(headdim))
 
 
+def product_width(headdim: int) -> int:
+    """The columns of a padded tile that products compute: all of them, or half of them and 16, 32 or 64 more."""
+    pad = head_dim_pad(headdim)
+    parts = (pad // 2 + rest for rest in (16, 32, 64) if rest < pad // 2)
+    return next((width for width in parts if headdim <= width), pad) if headdim > 64 else pad
+
+
 def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
     """The configuration for one problem."""
     return pinned_config("hopper_forward") or _choose(problem)

@@ -1,6 +1,7 @@
 """Online softmax over score tiles in units of `unit_log2`, and the weights recomputed from softmax_lse.
 
-State of a row: row_max (in tile units), row_sum of exp2(tile * unit - row_max * unit), and the weighted sum acc.
+State of a row: row_max (in tile units), row_sum of exp2(tile * unit - row_max * unit), and the weighted sum acc. Where scores
+are bounded row_max stays 0, which saves the maximum, its exchange between lanes, and the rescaling of acc.
 A row that saw no key has row_sum 0; it gives out 0 and softmax_lse -inf. A sink joins the finished state of a row.
 """
 
@@ -30,6 +31,22 @@ def softmax_step(row_max, row_sum, tile, unit):
     weights = softmax_weights(tile, unit, pivot_log2[:, None])
     rescale = softmax_rescale(row_max, unit, pivot_log2)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def lowest_max(score):
+    """row_max of a row that has seen no key."""
+    start = float("-inf")
+    if score.bounded is not None:
+        start = 0.0
+    return start
+
+
+@triton.jit
+def softmax_step_bounded(row_sum, tile, unit):
+    """`softmax_step` for scores whose exponentials neither overflow nor vanish as they are: (weights, row_sum)."""
+    weights = softmax_weights(tile, unit, 0.0)
+    return weights, row_sum + tl.sum(weights, 1)
 
 
 @triton.jit

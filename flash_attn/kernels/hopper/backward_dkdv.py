@@ -33,22 +33,28 @@ from flash_attn.kernels.hopper.backward_tiles import (
 )
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
+    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
+    await_product,
+    await_products,
     fence_async_shared,
     fill,
     gl,
     gluon,
+    head_part,
+    inner_products,
     loop_variant,
     matrix,
     mbarrier,
-    product,
+    num_parts,
     row_coordinates,
     start_store,
+    store_columns,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
+    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -124,22 +130,22 @@ def load_partition(
 def accumulate_dkdv(
     k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key, begin, end,
     full_begin, full_end, head, batch, span, window, work, score,
-    BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     WITH_DK: gl.constexpr, WITH_DV: gl.constexpr,
 ):  # fmt: skip
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end)."""
     layout: gl.constexpr = accumulator_layout(BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
-    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
-    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    PARTS: gl.constexpr = num_parts(WIDTH)
     dtype: gl.constexpr = q_ring.buffers.dtype
     cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]
-    dk = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
-    dv = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    dk = zero_columns(WIDTH)
+    dv = zero_columns(WIDTH)
     slope = load_slope(score, batch, head)
     mbarrier.wait(q_ring.full.index(q_slot), q_phase)
     k_tile = matrix(k_ring, k_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    qk = product(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+    qk = inner_products(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     m_block, first_head = first_group_block(begin, end, False), head
     steps = (end - begin) * work.group
@@ -152,7 +158,7 @@ def accumulate_dkdv(
         mbarrier.wait(dout_ring.full.index(d_slot), d_phase)
         if WITH_DK:
             v_tile = matrix(v_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-            dp = product(v_tile, dout_tile.permute((1, 0)), BLOCK_M)
+            dp = inner_products(v_tile, dout_tile, BLOCK_M, WIDTH)
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end)
         lse = row_lse.index(q_slot).load(lanes)[None, :]
@@ -165,9 +171,9 @@ def accumulate_dkdv(
                 mbarrier.arrive(dout_ring.empty.index(d_slot), count=1)
         if WITH_DV:
             p = gl.convert_layout(weights.to(dtype), operand)
-            dv = warpgroup_mma(p, dout_tile, dv, is_async=True)
+            dv = accumulate_columns(p, dout_tile, dv, WIDTH)
         if WITH_DK:
-            dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
+            dk = accumulate_columns(ds, q_tile, dk, WIDTH)
         old_q, old_d = q_slot, d_slot
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
@@ -176,15 +182,15 @@ def accumulate_dkdv(
             slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
         # behind the last block this multiplies whatever lies there, and nothing reads it
         mbarrier.wait(q_ring.full.index(q_slot), q_phase, pred=step + 1 < steps)
-        qk = product(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+        qk = inner_products(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
         if WITH_DV:
             if WITH_DK:
-                dv, p = warpgroup_mma_wait(2, deps=(dv, p))
+                dv, p = await_product(dv, p, 2 * PARTS)
             else:
-                dv, p = warpgroup_mma_wait(1, deps=(dv, p))
+                dv, p = await_product(dv, p, PARTS)
             mbarrier.arrive(dout_ring.empty.index(old_d), count=1)
         if WITH_DK:
-            dk, qk, ds = warpgroup_mma_wait(0, deps=(dk, qk, ds))
+            dk, qk, ds = await_products(dk, qk, ds)
         else:
             qk = warpgroup_mma_wait(0, deps=(qk,))
         mbarrier.arrive(q_ring.empty.index(old_q), count=1)
@@ -192,10 +198,10 @@ def accumulate_dkdv(
 
 
 @gluon.jit
-def store_gradient(descriptor, buffer, gradient, first_key, span, batch, head_k,
-                   HEAD_DIM_PAD: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+def store_gradient(descriptor, buffer, gradient, scale, first_key, span, batch, head_k,
+                   HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
     """One consumer's keys of dk or dv; the copy is still running on return."""
-    buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]).store(gradient.to(buffer.dtype))
+    store_columns(buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]), gradient, scale, WIDTH)
     fence_async_shared()
     coordinates = row_coordinates(span.start_k, span.seqlen_k, first_key, batch, head_k, PACKED)
     start_store(descriptor, coordinates, buffer)
@@ -204,7 +210,7 @@ def store_gradient(descriptor, buffer, gradient, first_key, span, batch, head_k,
 @gluon.jit
 def dkdv_partition(
     dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window, score,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr,
     WITH_DV: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -227,17 +233,14 @@ def dkdv_partition(
         dk, dv, q_slot, q_phase, d_slot, d_phase = accumulate_dkdv(
             k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key,
             begin, end, full_begin, full_end, head_k * work.group, batch, span, window, work, score,
-            BLOCK_M, HEAD_DIM_PAD, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
+            BLOCK_M, HEAD_DIM_PAD, WIDTH, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
         )  # fmt: skip
         if WITH_DV:
-            store_gradient(
-                dv_desc, v_ring.buffers.index(k_index), dv, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED
-            )
+            store_gradient(dv_desc, v_ring.buffers.index(k_index), dv, 1.0, first_key, span, batch, head_k,
+                           HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
         if WITH_DK:
-            dk = dk * gradient_scale(score)
-            store_gradient(
-                dk_desc, k_ring.buffers.index(k_index), dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED
-            )
+            store_gradient(dk_desc, k_ring.buffers.index(k_index), dk, gradient_scale(score), first_key, span, batch, head_k,
+                           HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
         tma.store_wait(0)
         mbarrier.arrive(k_ring.empty.index(k_index), count=1)
         if WITH_DK:
@@ -256,7 +259,7 @@ SIZES = [
 def attn_bwd_dkdv_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, softmax_lse, delta, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
-    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
@@ -278,10 +281,10 @@ def attn_bwd_dkdv_kernel(
     tiles = allocate_tiles(CONSUMERS)
     gl.warp_specialize([
         (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window,
-                          score, 0, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
+                          score, 0, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
                           PACKED)),
         (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window,
-                          score, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
+                          score, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
                           PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
                           row_lse, row_delta, sequences, work, window, CONSUMERS, BLOCK_M, K_STAGES, Q_STAGES, DOUT_STAGES,

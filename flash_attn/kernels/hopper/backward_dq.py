@@ -26,23 +26,27 @@ from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
 from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, tile_weights
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
+    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
     along_rows,
+    await_products,
     fence_async_shared,
     fill,
     gl,
     gluon,
+    head_part,
+    inner_products,
     loop_variant,
     matrix,
     mbarrier,
-    product,
     row_coordinates,
     start_store,
+    store_columns,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
+    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -112,18 +116,17 @@ def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
 def accumulate_dq(
     q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows, begin, end,
     full_begin, full_end, span, window, score, slope,
-    BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of dS K over key blocks [begin, end)."""
     layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    dq_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
-    operand: gl.constexpr = gl.DotOperandLayout(0, dq_layout, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
     dtype: gl.constexpr = q_ring.buffers.dtype
     lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
-    dq = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, dq_layout)
+    dq = zero_columns(WIDTH)
     mbarrier.wait(k_ring.full.index(k_slot), k_phase)
     q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    qk = product(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
+    qk = inner_products(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     gl.assume(end > begin)
     for n_block in range(begin, end):
@@ -131,7 +134,7 @@ def accumulate_dq(
         q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
         dout_tile = matrix(dout_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        dp = product(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
+        dp = inner_products(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
         cols = (n_block * BLOCK_N + lanes)[None, :]
         masked = (n_block < full_begin) | (n_block >= full_end)
         _weights, sensitivity = tile_weights(
@@ -142,13 +145,13 @@ def accumulate_dq(
         v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
         ds = softmax_backward(sensitivity, dp, along_rows(row_delta, layout)).to(dtype)
         ds = gl.convert_layout(ds, operand)
-        dq = warpgroup_mma(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, is_async=True)
+        dq = accumulate_columns(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, WIDTH)
         old_slot = k_slot
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
         # behind the last block this multiplies whatever lies there, and nothing reads it
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=n_block + 1 < end)
-        qk = product(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD).permute((1, 0)), BLOCK_N)
-        dq, qk, ds = warpgroup_mma_wait(0, deps=(dq, qk, ds))
+        qk = inner_products(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
+        dq, qk, ds = await_products(dq, qk, ds)
         mbarrier.arrive(k_ring.empty.index(old_slot), count=1)
     return dq, k_slot, k_phase, v_slot, v_phase
 
@@ -157,7 +160,7 @@ def accumulate_dq(
 def dq_partition(
     dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
@@ -186,12 +189,10 @@ def dq_partition(
         mbarrier.wait(q_ring.full.index(q_index), q_phase)
         dq, k_slot, k_phase, v_slot, v_phase = accumulate_dq(
             q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, lse_log2(lse), row_delta, rows,
-            begin, end, full_begin, full_end, span, window, score, slope, BLOCK_N, HEAD_DIM_PAD, K_STAGES, V_STAGES,
+            begin, end, full_begin, full_end, span, window, score, slope, BLOCK_N, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES,
         )  # fmt: skip
         mbarrier.arrive(dout_ring.empty.index(q_index), count=1)
-        matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD).store(
-            (dq * gradient_scale(score)).to(q_ring.buffers.dtype)
-        )
+        store_columns(matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), dq, gradient_scale(score), WIDTH)
         fence_async_shared()
         coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
         start_store(dq_desc, coordinates, q_ring.buffers.index(q_index))
@@ -211,7 +212,7 @@ SIZES = [
 def attn_bwd_dq_kernel(
     q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, delta, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
-    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
@@ -224,9 +225,9 @@ def attn_bwd_dq_kernel(
     tiles = allocate_tiles(CONSUMERS)
     gl.warp_specialize([
         (dq_partition, (dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
+                        0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (dq_partition, (dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
+                        1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work,
                           window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

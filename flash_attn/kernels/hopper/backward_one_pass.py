@@ -43,20 +43,26 @@ from flash_attn.kernels.hopper.backward_tiles import (
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     Ring,
+    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_barriers,
     allocate_ring,
+    await_products,
     fence_async_shared,
     gl,
     gluon,
+    head_part,
+    inner_products,
     loop_variant,
     matrix,
     mbarrier,
+    num_parts,
     product,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
+    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -174,23 +180,22 @@ def turn_partition(
 def accumulate(
     k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin, end,
     full_begin, full_end, head, batch, first_block, num_dq_blocks, turn, turn_count, span, window, work, score,
-    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end), and dq but for the last."""
     DOWN: gl.constexpr = turn is not None
     layout: gl.constexpr = accumulator_layout(BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
-    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
-    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
     dtype: gl.constexpr = q_ring.buffers.dtype
     cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]
     ends = first_key + WARPGROUP_ROWS > span.seqlen_k  # zero keys past the end must not meet an infinite weight
-    dk = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
-    dv = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    dk = zero_columns(WIDTH)
+    dv = zero_columns(WIDTH)
     slope = load_slope(score, batch, head)
     mbarrier.wait(q_ring.full.index(slot), phase)
     k_tile = matrix(k_ring, k_slot * 2 + CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+    qk = inner_products(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     m_block, first_head = first_group_block(begin, end, DOWN), head
     spare = num_dq_blocks - 1
@@ -206,7 +211,7 @@ def accumulate(
         q_tile = matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD)
         dout_tile = matrix(dout_ring, slot, BLOCK_M, HEAD_DIM_PAD)
         mbarrier.wait(dout_ring.full.index(slot), phase)
-        dp = product(v_tile, dout_tile.permute((1, 0)), BLOCK_M)
+        dp = inner_products(v_tile, dout_tile, BLOCK_M, WIDTH)
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end) | ends
         lse = row_lse.index(slot).load(lanes)[None, :]
@@ -220,13 +225,13 @@ def accumulate(
         fence_async_shared()
         mbarrier.arrive(ds_ring.full.index(slot * 2 + CONSUMER), count=1)
         p = gl.convert_layout(weights.to(dtype), operand)
-        dv = warpgroup_mma(p, dout_tile, dv, is_async=True)
+        dv = accumulate_columns(p, dout_tile, dv, WIDTH)
         ds = gl.convert_layout(ds, operand)
         mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
         # in the first step this multiplies whatever lies there, and the spare block takes it
         dq = product_dq(ds_ring, k_ring, old_slot, k_index, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
-        dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
-        dv, p, dq = warpgroup_mma_wait(1, deps=(dv, p, dq))
+        dk = accumulate_columns(ds, q_tile, dk, WIDTH)
+        dv, dq, p = await_products(dv, dq, p, num_parts(WIDTH))
         mbarrier.arrive(dout_ring.empty.index(slot), count=1)
         present = part_pointer(dq_sum, head, first_block + m_block, CONSUMER, num_dq_blocks, BLOCK_M, HEAD_DIM_PAD)
         head, m_block = next_group_block(head, m_block, begin, end, first_head, work.group, DOWN)
@@ -236,10 +241,10 @@ def accumulate(
         slot, phase = advance(slot, phase, STAGES)
         # behind the last block this multiplies whatever lies there, and nothing reads it
         mbarrier.wait(q_ring.full.index(slot), phase, pred=step + 1 < steps)
-        qk = product(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD).permute((1, 0)), BLOCK_M)
+        qk = inner_products(k_tile, matrix(q_ring, slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
         turn_count = reduce_in_turn(before, dq, turn, turn_count, step > 0)
         before = present
-        dk, qk, ds = warpgroup_mma_wait(0, deps=(dk, qk, ds))
+        dk, qk, ds = await_products(dk, qk, ds)
         mbarrier.arrive(q_ring.empty.index(old_slot), count=1)
     return dk, dv, before, slot, phase, turn_count
 
@@ -248,7 +253,7 @@ def accumulate(
 def one_pass_partition(
     dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse,
     row_delta, work, window, score,
-    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, K_STAGES: gl.constexpr,
+    CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
@@ -271,20 +276,20 @@ def one_pass_partition(
         dk, dv, last, slot, phase, turn_count = accumulate(
             k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin,
             end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, turn, turn_count, span, window,
-            work, score, CONSUMER, BLOCK_M, HEAD_DIM_PAD,
+            work, score, CONSUMER, BLOCK_M, HEAD_DIM_PAD, WIDTH,
         )  # fmt: skip
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)
         mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
         dq = product_dq(ds_ring, k_ring, old_slot, k_slot, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
         buffer = v_ring.buffers.index(v_index)
-        store_gradient(dv_desc, buffer, dv, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+        store_gradient(dv_desc, buffer, dv, 1.0, first_key, span, batch, head_k, HEAD_DIM_PAD, WIDTH, PACKED)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_ring.empty.index(k_slot * 2), count=1)
         mbarrier.arrive(k_ring.empty.index(k_slot * 2 + 1), count=1)
         turn_count = reduce_in_turn(last, dq, turn, turn_count, True)
         tma.store_wait(0)
-        dk = dk * gradient_scale(score)
-        store_gradient(dk_desc, buffer, dk, first_key, span, batch, head_k, HEAD_DIM_PAD, PACKED)
+        scale = gradient_scale(score)
+        store_gradient(dk_desc, buffer, dk, scale, first_key, span, batch, head_k, HEAD_DIM_PAD, WIDTH, PACKED)
         tma.store_wait(0)
         mbarrier.arrive(v_ring.empty.index(v_index), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
@@ -296,7 +301,7 @@ def attn_bwd_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, turns, softmax_lse, delta, sequences, score, counter,
     num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
     window_right, nheads, group,
-    HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
@@ -320,10 +325,10 @@ def attn_bwd_kernel(
         gl.warp_specialize([
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
                                   dout_ring, ds_ring, row_lse, row_delta, work, window, score,
-                                  0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+                                  0, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
                                   dout_ring, ds_ring, row_lse, row_delta, work, window, score,
-                                  1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+                                  1, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
                               dout_ring, row_lse, row_delta, sequences, work, window,
                               2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
@@ -335,10 +340,10 @@ def attn_bwd_kernel(
         gl.warp_specialize([
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
                                   dout_ring, ds_ring, row_lse, row_delta, work, window, score,
-                                  0, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+                                  0, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
                                   dout_ring, ds_ring, row_lse, row_delta, work, window, score,
-                                  1, BLOCK_M, HEAD_DIM_PAD, K_STAGES, PACKED)),
+                                  1, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
                               dout_ring, row_lse, row_delta, sequences, work, window,
                               2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),

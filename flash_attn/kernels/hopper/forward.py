@@ -24,27 +24,35 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
-from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
+from flash_attn.kernels.algebra.softmax import lowest_max, softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
+    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
     along_rows,
+    await_columns,
     await_turn,
     fence_async_shared,
     give_turn,
     gl,
     gluon,
+    head_part,
+    inner_products,
     load_tile,
+    matrix,
     mbarrier,
+    num_parts,
     partial_layout,
     row_coordinates,
+    scale_columns,
     start_store,
+    store_columns,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
+    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -116,18 +124,15 @@ def load_partition(
 
 
 @gluon.jit
-def product_qk(q_tile, k_ring, slot, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+def product_qk(q_tile, k_ring, slot, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr):
     """Issue S = Q K^T, (64, BLOCK_N)."""
-    layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    k_tile = k_ring.buffers.index(slot).reshape([BLOCK_N, HEAD_DIM_PAD]).permute((1, 0))
-    zeros = gl.zeros((WARPGROUP_ROWS, BLOCK_N), gl.float32, layout)
-    return warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+    return inner_products(q_tile, matrix(k_ring, slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
 
 
 @gluon.jit
-def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr):
+def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr):
     """Issue O += P V."""
-    return warpgroup_mma(weights, v_ring.buffers.index(slot).reshape([BLOCK_N, HEAD_DIM_PAD]), acc, is_async=True)
+    return accumulate_columns(weights, matrix(v_ring, slot, BLOCK_N, HEAD_DIM_PAD), acc, WIDTH)
 
 
 @gluon.jit
@@ -145,14 +150,19 @@ def partial_row_sums(weights, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(row_max, row_sums, tile, unit, BLOCK_N: gl.constexpr):
-    """algebra.softmax.softmax_step with the row sums left in parts, which saves its shuffles."""
-    new_max = gl.maximum(row_max, row_maximum(tile, BLOCK_N))
-    pivot = softmax_pivot(new_max, unit)
-    weights = softmax_weights(tile, unit, pivot[:, None])
-    rescale = softmax_rescale(row_max, unit, pivot)
-    row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, BLOCK_N)
-    return weights, rescale, new_max, row_sums
+def softmax_step(row_max, row_sums, tile, unit, score, BLOCK_N: gl.constexpr):
+    """algebra.softmax.softmax_step, or softmax_step_bounded, with the row sums left in parts, which saves their shuffles."""
+    if score.bounded is not None:
+        weights, rescale = softmax_weights(tile, unit, 0.0), 1.0
+        row_sums = row_sums + partial_row_sums(weights, BLOCK_N)
+    else:
+        new_max = gl.maximum(row_max, row_maximum(tile, BLOCK_N))
+        pivot = softmax_pivot(new_max, unit)
+        weights = softmax_weights(tile, unit, pivot[:, None])
+        rescale = softmax_rescale(row_max, unit, pivot)
+        row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, BLOCK_N)
+        row_max = new_max
+    return weights, rescale, row_max, row_sums
 
 
 @gluon.jit
@@ -190,44 +200,43 @@ def score_block(tile, first_row, n_block, span, window, score, slope, masked, BL
 def attend_blocks(
     q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
     full_begin, full_end, follows, span, window, score, slope, unit,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Key blocks last - 1 down to begin; the product of the last weights with their values stays to be done."""
     NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
     operand: gl.constexpr = weights.type.layout
-    out_layout: gl.constexpr = acc.type.layout
     for step in range(0, last - begin):
         n_block = last - 1 - step
         if PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         if PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
-        tile = warpgroup_mma_wait(1, deps=(tile,))
+        tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (n_block < full_begin) | (n_block >= full_end)
         tile = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
-        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, unit, BLOCK_N)
+        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, unit, score, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | follows)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = await_columns(acc)
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, STAGES)
         weights = gl.convert_layout(p.to(q_tile.dtype), operand)
-        acc = acc * along_rows(rescale, out_layout)
+        if score.bounded is None:
+            acc = scale_columns(acc, rescale)
     return weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase
 
 
 @gluon.jit
 def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
-               HEAD_DIM_PAD: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+               HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
     """out and softmax_lse of one consumer's rows; the copy of out is still running on return."""
-    out_layout: gl.constexpr = acc.type.layout
-    out = acc * along_rows(inverse_sum, out_layout)
-    buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]).store(out.to(buffer.dtype))
+    out = scale_columns(acc, inverse_sum)
+    store_columns(buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]), out, 1.0, WIDTH)
     fence_async_shared()
     coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
     start_store(o_desc, coordinates, buffer)
@@ -252,24 +261,23 @@ def finish(row_max, row_sums, unit, score, head):
 @gluon.jit
 def attend_overlapped(
     o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer, with OVERLAP: the first key block of a tile runs beside the last values of the tile before."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
     tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
-    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
     dtype: gl.constexpr = o_buffers.dtype
     unit = unit_log2(score)
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0, 0
-    lowest = gl.full((WARPGROUP_ROWS,), float("-inf"), gl.float32, row_layout)
+    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
     row_max, row_sums = lowest, nothing
     weights = gl.convert_layout(gl.zeros((WARPGROUP_ROWS, BLOCK_N), dtype, tile_layout), operand)
-    acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+    acc = zero_columns(WIDTH)
     if PING_PONG and CONSUMER == CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
     old_slot = 0
@@ -286,9 +294,9 @@ def attend_overlapped(
         mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
         if PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         mbarrier.wait(v_ring.full.index(v_slot), v_phase, pred=pending)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         if PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
@@ -296,15 +304,15 @@ def attend_overlapped(
         next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(next_slot), next_phase, pred=present)
         follows = present & (tile_field(tiles, next_slot, 0) >= 0)
-        tile = warpgroup_mma_wait(1, deps=(tile,))
+        tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1, pred=present)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
         inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, score, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = await_columns(acc)
         weights = gl.convert_layout(p.to(dtype), operand)
         if pending:
             mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
@@ -313,14 +321,14 @@ def attend_overlapped(
             old_row = tile_field(tiles, old_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
             store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, old_row,
                        announced_span(tiles, old_slot, work, PACKED), tile_field(tiles, old_slot, 2),
-                       tile_field(tiles, old_slot, 1), HEAD_DIM_PAD, PACKED)  # fmt: skip
+                       tile_field(tiles, old_slot, 1), HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
             mbarrier.arrive(tiles.empty.index(old_slot), count=1)
-        acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+        acc = zero_columns(WIDTH)
         last = gl.where(present, end - 1, begin)
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
             last, full_begin, full_end, follows, span, window, score, slope, unit,
-            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG,
+            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.arrive(q_ring.empty.index(q_index), count=1, pred=present)
         q_slot, q_phase = advance(q_slot, q_phase, 2)
@@ -334,19 +342,18 @@ def attend_overlapped(
 @gluon.jit
 def attend_serially(
     o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer that finishes a tile before the next one; out leaves through Q's buffer."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    out_layout: gl.constexpr = accumulator_layout(HEAD_DIM_PAD)
-    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
     dtype: gl.constexpr = o_buffers.dtype
     unit = unit_log2(score)
     t_slot, t_phase, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0
-    lowest = gl.full((WARPGROUP_ROWS,), float("-inf"), gl.float32, row_layout)
+    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
     q_tile = q_ring.buffers.index(CONSUMER).reshape([WARPGROUP_ROWS, HEAD_DIM_PAD])
     if PING_PONG and CONSUMER == CONSUMERS - 1:
@@ -362,32 +369,32 @@ def attend_serially(
         mbarrier.wait(q_ring.full.index(CONSUMER), q_phase)
         q_phase ^= 1
         mbarrier.wait(k_ring.full.index(k_slot), k_phase)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD)
+        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         tile = warpgroup_mma_wait(0, deps=(tile,))
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, BLOCK_N)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, score, BLOCK_N)
         weights = gl.convert_layout(p.to(dtype), operand)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=end - begin > 1)
-        acc = gl.zeros((WARPGROUP_ROWS, HEAD_DIM_PAD), gl.float32, out_layout)
+        acc = zero_columns(WIDTH)
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
             end - 1, full_begin, full_end, False, span, window, score, slope, unit,
-            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG,
+            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD)
+        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         inverse_sum, lse = finish(row_max, row_sums, unit, score, head)
         mbarrier.arrive(tiles.empty.index(t_slot), count=1)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = await_columns(acc)
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, STAGES)
         store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
-                   HEAD_DIM_PAD, PACKED)  # fmt: skip
+                   HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
         tma.store_wait(0)
         mbarrier.arrive(q_ring.empty.index(CONSUMER), count=1)
     if PING_PONG and CONSUMER == 0:
@@ -397,16 +404,16 @@ def attend_serially(
 @gluon.jit
 def attend_partition(
     o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
     if OVERLAP:
         attend_overlapped(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                          CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG, PACKED)  # fmt: skip
+                          CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
     else:
         attend_serially(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                        CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, PING_PONG, PACKED)  # fmt: skip
+                        CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
 
 
 SIZES = [
@@ -419,7 +426,7 @@ SIZES = [
 def attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
-    HEAD_DIM_PAD: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
@@ -437,20 +444,20 @@ def attn_fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

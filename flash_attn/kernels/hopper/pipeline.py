@@ -109,6 +109,124 @@ def product(left, right, COLUMNS: gl.constexpr):
     return warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
 
 
+@gluon.jit
+def inner_products(left, right, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
+    """Issue left @ right^T, (64, COLUMNS), of two tiles in shared memory whose first WIDTH columns count."""
+    HEAD: gl.constexpr = head_part(WIDTH)
+    zeros = gl.zeros((WARPGROUP_ROWS, COLUMNS), gl.float32, accumulator_layout(COLUMNS))
+    if HEAD == WIDTH:
+        result = warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:
+        TAIL: gl.constexpr = WIDTH - HEAD
+        first, rest = left.slice(0, HEAD, 1), left.slice(HEAD, TAIL, 1)
+        right_first, right_rest = right.slice(0, HEAD, 1), right.slice(HEAD, TAIL, 1)
+        result = warpgroup_mma(first, right_first.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        result = warpgroup_mma(rest, right_rest.permute((1, 0)), result, is_async=True)
+    return result
+
+
+@gluon.constexpr_function
+def head_part(width):
+    """The largest power of two in a width: Gluon's tiles have no other, so a product of other widths has two parts."""
+    return 1 << (width.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def num_parts(width):
+    """Products, and accumulators, of that width: one, or two."""
+    return 1 if head_part(width) == width else 2
+
+
+@gluon.jit
+def zero_columns(WIDTH: gl.constexpr):
+    """A (64, WIDTH) accumulator, as a tuple of its parts."""
+    HEAD: gl.constexpr = head_part(WIDTH)
+    first = gl.zeros((WARPGROUP_ROWS, HEAD), gl.float32, accumulator_layout(HEAD))
+    if HEAD == WIDTH:
+        parts = (first,)
+    else:
+        TAIL: gl.constexpr = WIDTH - HEAD
+        parts = (first, gl.zeros((WARPGROUP_ROWS, TAIL), gl.float32, accumulator_layout(TAIL)))
+    return parts
+
+
+@gluon.jit
+def accumulate_columns(left, right, parts, WIDTH: gl.constexpr):
+    """Issue parts += left @ right, with left in registers and right in shared memory."""
+    HEAD: gl.constexpr = head_part(WIDTH)
+    if HEAD == WIDTH:
+        parts = (warpgroup_mma(left, right, parts[0], is_async=True),)
+    else:
+        TAIL: gl.constexpr = WIDTH - HEAD
+        operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(TAIL), 2)
+        first = warpgroup_mma(left, right.slice(0, HEAD, 1), parts[0], is_async=True)
+        rest = gl.convert_layout(left, operand)
+        parts = (first, warpgroup_mma(rest, right.slice(HEAD, TAIL, 1), parts[1], is_async=True))
+    return parts
+
+
+@gluon.jit
+def await_columns(parts):
+    """Wait for all products, an accumulator's last ones among them."""
+    if len(parts) == 1:
+        parts = (warpgroup_mma_wait(0, deps=(parts[0],)),)
+    else:
+        parts = warpgroup_mma_wait(0, deps=(parts[0], parts[1]))
+    return parts
+
+
+@gluon.jit
+def await_product(parts, left, OUTSTANDING: gl.constexpr):
+    """Wait for an accumulator and its left operand; OUTSTANDING later products may go on."""
+    if len(parts) == 1:
+        first, left = warpgroup_mma_wait(OUTSTANDING, deps=(parts[0], left))
+        parts = (first,)
+    else:
+        first, rest, left = warpgroup_mma_wait(OUTSTANDING, deps=(parts[0], parts[1], left))
+        parts = (first, rest)
+    return parts, left
+
+
+@gluon.jit
+def await_products(parts, tile, left, OUTSTANDING: gl.constexpr = 0):
+    """Wait for an accumulator, its left operand, and a tile; OUTSTANDING later products may go on."""
+    if len(parts) == 1:
+        first, tile, left = warpgroup_mma_wait(OUTSTANDING, deps=(parts[0], tile, left))
+        parts = (first,)
+    else:
+        first, rest, tile, left = warpgroup_mma_wait(OUTSTANDING, deps=(parts[0], parts[1], tile, left))
+        parts = (first, rest)
+    return parts, tile, left
+
+
+@gluon.jit
+def scale_columns(parts, factor):
+    """An accumulator times a factor of each of its rows."""
+    if len(parts) == 1:
+        parts = (scale_rows(parts[0], factor),)
+    else:
+        parts = (scale_rows(parts[0], factor), scale_rows(parts[1], factor))
+    return parts
+
+
+@gluon.jit
+def scale_rows(tile, factor):
+    """A tile times a factor of each of its rows."""
+    layout: gl.constexpr = tile.type.layout
+    return tile * along_rows(factor, layout)
+
+
+@gluon.jit
+def store_columns(buffer, parts, scale, WIDTH: gl.constexpr):
+    """An accumulator times a scalar, into the first WIDTH columns of a buffer in shared memory."""
+    HEAD: gl.constexpr = head_part(WIDTH)
+    if HEAD == WIDTH:
+        buffer.store((parts[0] * scale).to(buffer.dtype))
+    else:
+        buffer.slice(0, HEAD, 1).store((parts[0] * scale).to(buffer.dtype))
+        buffer.slice(HEAD, WIDTH - HEAD, 1).store((parts[1] * scale).to(buffer.dtype))
+
+
 @gluon.constexpr_function
 def accumulator_layout(columns):
     """Registers of one warpgroup's (64, columns) product: a thread holds rows r and r + 8, pairs of columns."""

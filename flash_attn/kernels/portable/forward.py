@@ -16,7 +16,7 @@ from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load
 from flash_attn.kernels.algebra.interval import key_blocks, visible
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
-from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
+from flash_attn.kernels.algebra.softmax import lowest_max, softmax_finish, softmax_step, softmax_step_bounded
 from flash_attn.kernels.algebra.span import load_span
 from flash_attn.kernels.portable.tiles import load_page_rows, load_paged_rows, load_rows, store_rows
 
@@ -59,7 +59,7 @@ def attend(
     begin, full_begin, full_end, end = bounds
     unit = unit_log2(score)
     acc = tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], lowest_max(score), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     lanes = tl.arange(0, BLOCK_N)
     for n_block in tl.range(begin, end, num_stages=STAGES):
@@ -69,13 +69,19 @@ def attend(
         tile = score_forward(qk, key_distance(rows[:, None], cols[None, :], span), score, slope)
         if (n_block < full_begin) | (n_block >= full_end):
             tile = tl.where(visible(rows[:, None], cols[None, :], span, window), tile, float("-inf"))
-        weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
+        if score.bounded is not None:
+            weights, row_sum = softmax_step_bounded(row_sum, tile, unit)
+        else:
+            weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
         if dropout.rng_state is not None:
             col_word = col_words(dropout, key, n_block * BLOCK_N, lanes[None, :])
             bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
             weights = drop(dropout, bits, weights)
         v_tile = load_keys(v, v_desc, v_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
+        weights = weights.to(v_tile.dtype)
+        if score.bounded is None:
+            acc = acc * rescale[:, None]
+        acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
