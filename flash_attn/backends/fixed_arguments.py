@@ -10,7 +10,9 @@ from torch import Tensor
 from flash_attn import random_bits
 from flash_attn.backends.base import Operands
 
-LARGEST_BOUND = 50.0  # of a softcap: exp(50) times 2^20 keys, and values up to 2^30, are far inside the range of fp32 and bf16
+LARGEST_BOUND = (
+    50.0  # of a softcap: exp(50) times 2^20 keys, and values up to 2^30, are far inside the range of fp32 and bf16
+)
 SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
 
 
@@ -20,7 +22,7 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    # slope stride, exact, negative, bounded, and no sinks: a forward passes those in place of the last
+    # slope stride, exact, negative, one_sided, bounded, and no sinks: a forward passes those in place of the last
     score_rest: tuple[Any, ...]
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
@@ -41,6 +43,7 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
             None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
             1 if q.dtype == torch.float32 else None,
             1 if operands.softmax_scale < 0.0 else None,
+            1 if slopes is not None and operands.window[1] == 0 else None,
             1 if 0.0 < operands.softcap <= LARGEST_BOUND and slopes is None and q.dtype != torch.float16 else None,
             None,
         ),

@@ -16,7 +16,7 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries
-from flash_attn.launch.hopper import CONSUMER_ROWS, head_dim_pad, hopper_forward_config, product_width
+from flash_attn.launch.hopper import CONSUMER_ROWS, even_share, head_dim_pad, hopper_forward_config, product_width
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
@@ -171,7 +171,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             p[11],
             num_tiles,
             num_m,
-            min(config.heads_together, heads),  # a product with num_m must fit 32 bits
+            even_share(config.heads_together, heads),  # a product with num_m must fit 32 bits
             *fixed.lengths,
         )
 
@@ -183,6 +183,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "STAGES": config.num_stages,
         "OVERLAP": config.overlap,
         "PING_PONG": config.ping_pong,
+        "DRAW_AHEAD": config.draw_ahead,
         "REGISTERS": config.registers,
     }
     num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0

@@ -23,6 +23,7 @@ from flash_attn.launch.hopper import (
     HopperDkdvConfig,
     HopperDqConfig,
     HopperOnePassConfig,
+    even_share,
     head_dim_pad,
     hopper_backward_config,
     product_width,
@@ -112,7 +113,7 @@ def _tiles(q: Tensor, fixed: FixedArguments, seqlen: int, nheads: int, heads_tog
     num_blocks, heads = math.ceil(seqlen / TILE), fixed.batch_size * nheads
     num_tiles = num_blocks * heads
     num_programs = min(num_tiles, devices.of(q.device).num_sms)
-    return Tiles(num_programs, (num_tiles, num_blocks, min(heads_together, heads), *fixed.lengths))
+    return Tiles(num_programs, (num_tiles, num_blocks, even_share(heads_together, heads), *fixed.lengths))
 
 
 def _key_maps(
@@ -169,6 +170,7 @@ def bind_dq(
         "CONSUMERS": CONSUMERS,
         "K_STAGES": config.k_stages,
         "V_STAGES": config.v_stages,
+        "DRAW_AHEAD": config.draw_ahead,
         "Q_STAGES": config.q_stages,
         "REGISTERS": config.registers,
     }

@@ -20,6 +20,7 @@ class HopperForwardConfig(NamedTuple):
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
     heads_together: int  # heads whose tiles are drawn in turn
+    draw_ahead: int = 2  # blocks of keys that a tile still has to load when its program draws the next one
 
 
 class HopperDqConfig(NamedTuple):
@@ -31,6 +32,7 @@ class HopperDqConfig(NamedTuple):
     q_stages: int  # query tiles in flight, and of dout
     registers: int
     heads_together: int
+    draw_ahead: int = 2
 
 
 class HopperDkdvConfig(NamedTuple):
@@ -71,6 +73,12 @@ def product_width(headdim: int) -> int:
     pad = head_dim_pad(headdim)
     parts = (pad // 2 + rest for rest in (16, 32, 64) if rest < pad // 2)
     return next((width for width in parts if headdim <= width), pad) if headdim > 64 else pad
+
+
+def even_share(heads_together: int, heads: int) -> int:
+    """Heads drawn in turn, at most so many, such that the last turn has about as many as the others: of a few heads' causal
+    tiles the longest would be left when nothing else is."""
+    return math.ceil(heads / math.ceil(heads / heads_together)) if heads else 0
 
 
 def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:

@@ -84,7 +84,7 @@ def test_cases_forward_and_backward(case, device, seed, plans):
     assert {plan.backend.name for plan in plans.values()} == {"hopper"}
 
 
-HEAD_DIMS = (8, 16, 40, 64, 72, 96, 128, 160, 192, 256)
+HEAD_DIMS = (8, 16, 40, 64, 72, 96, 104, 128, 136, 160, 192, 200, 256)
 
 
 @on_hopper

@@ -50,6 +50,7 @@ class Score(NamedTuple):
     stride_alibi_b: Any = None
     exact: Any = None  # 1 for fp32 operands, whose softcap needs more than half precision
     negative: Any = None  # 1 when the caller's softmax_scale is below zero
+    one_sided: Any = None  # 1 when no key lies behind the diagonal of a row that sees it: distances are not negative
     bounded: Any = None  # 1 when weights fit their type without a maximum taken off; see `softmax_step_bounded`
     sinks: Any = None  # (nheads,): a score beside those of the keys, without a value; of a forward
 

@@ -86,7 +86,9 @@ def score_forward(qk, distance, score, slope):
     if score.softcap is not None:
         qk = soft_limit(qk, score)
     if score.alibi_slopes is not None:
-        qk = qk - slope * tl.abs(distance)
+        if score.one_sided is None:
+            distance = tl.abs(distance)
+        qk = qk - slope * distance
     return qk
 
 

@@ -69,7 +69,7 @@ from flash_attn.kernels.hopper.schedule import (
 def load_partition(
     q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work, window,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, PACKED: gl.constexpr,
+    Q_STAGES: gl.constexpr, DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
@@ -82,26 +82,23 @@ def load_partition(
         span = tile_span(batch, sequences, work)
         begin, end = tile_blocks(m_block, span, work, window, BLOCK_M, BLOCK_N)
         head_k = head // work.group
-        first = begin * BLOCK_N
-        fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-        k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        fill(v_ring, v_slot, v_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-        v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-        for consumer in gl.static_range(CONSUMERS):
-            slot = q_slot * CONSUMERS + consumer
-            first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
-            fill(dout_ring, slot, q_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-            fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-        index, t_slot, t_phase = announce_next(
-            tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
-        )
-        for n_block in range(begin + 1, end):
+        for n_block in range(begin, end):
             first = n_block * BLOCK_N
             fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
             k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
             fill(v_ring, v_slot, v_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
             v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            if n_block == begin:
+                for consumer in gl.static_range(CONSUMERS):
+                    slot = q_slot * CONSUMERS + consumer
+                    first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
+                    fill(dout_ring, slot, q_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
+                    fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
+                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+            if n_block == gl.maximum(end - 1 - DRAW_AHEAD, begin):
+                index, t_slot, t_phase = announce_next(
+                    tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
+                )
     clear_counter(work)
 
 
@@ -213,7 +210,7 @@ def attn_bwd_dq_kernel(
     q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, delta, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
@@ -229,5 +226,5 @@ def attn_bwd_dq_kernel(
         (dq_partition, (dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
                         1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work,
-                          window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
+                          window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -24,7 +24,13 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
-from flash_attn.kernels.algebra.softmax import lowest_max, softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
+from flash_attn.kernels.algebra.softmax import (
+    lowest_max,
+    softmax_finish,
+    softmax_pivot,
+    softmax_rescale,
+    softmax_weights,
+)
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
@@ -87,7 +93,7 @@ def load_block(
 def load_partition(
     q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
+    DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
@@ -107,17 +113,16 @@ def load_partition(
             load_tile(q_desc, coordinates, q_ring.full.index(slot), q_ring.buffers.index(slot))
         q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         head_k = head // work.group
-        load_block(k_desc, k_ring, k_slot, k_phase, end - 1, span, batch, head_k, BLOCK_N, PACKED)
-        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        index, t_slot, t_phase = announce_next(
-            tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
-        )
-        for step in range(1, end - begin):
-            n_block = end - 1 - step
+        for n_block in range(end - 1, begin - 1, -1):
             load_block(k_desc, k_ring, k_slot, k_phase, n_block, span, batch, head_k, BLOCK_N, PACKED)
             k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-            load_block(v_desc, v_ring, v_slot, v_phase, n_block + 1, span, batch, head_k, BLOCK_N, PACKED)
-            v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+            if n_block == gl.minimum(begin + DRAW_AHEAD, end - 1):
+                index, t_slot, t_phase = announce_next(
+                    tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
+                )
+            if n_block < end - 1:
+                load_block(v_desc, v_ring, v_slot, v_phase, n_block + 1, span, batch, head_k, BLOCK_N, PACKED)
+                v_slot, v_phase = advance(v_slot, v_phase, STAGES)
         load_block(v_desc, v_ring, v_slot, v_phase, begin, span, batch, head_k, BLOCK_N, PACKED)
         v_slot, v_phase = advance(v_slot, v_phase, STAGES)
     clear_counter(work)
@@ -136,10 +141,12 @@ def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: 
 
 
 @gluon.jit
-def row_maximum(tile, BLOCK_N: gl.constexpr):
+def row_maximum(tile, offset, score, BLOCK_N: gl.constexpr):
     """Maximum of each row: over a thread's own columns first, then between the four lanes of a row."""
     layout: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
     partial = gl.max(tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8), 1)
+    if score.one_sided is not None:
+        partial += offset
     return gl.convert_layout(gl.max(partial, 1), layout)
 
 
@@ -150,15 +157,15 @@ def partial_row_sums(weights, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(row_max, row_sums, tile, unit, score, BLOCK_N: gl.constexpr):
+def softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N: gl.constexpr):
     """algebra.softmax.softmax_step, or softmax_step_bounded, with the row sums left in parts, which saves their shuffles."""
     if score.bounded is not None:
         weights, rescale = softmax_weights(tile, unit, 0.0), 1.0
         row_sums = row_sums + partial_row_sums(weights, BLOCK_N)
     else:
-        new_max = gl.maximum(row_max, row_maximum(tile, BLOCK_N))
+        new_max = gl.maximum(row_max, row_maximum(tile, offset, score, BLOCK_N))
         pivot = softmax_pivot(new_max, unit)
-        weights = softmax_weights(tile, unit, pivot[:, None])
+        weights = softmax_weights(tile, unit, tile_pivot(pivot, offset, unit, tile, score, BLOCK_N))
         rescale = softmax_rescale(row_max, unit, pivot)
         row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, BLOCK_N)
         row_max = new_max
@@ -166,40 +173,71 @@ def softmax_step(row_max, row_sums, tile, unit, score, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def tile_distance(rows, first_col, span, layout: gl.constexpr, BLOCK_N: gl.constexpr):
-    """algebra.score.key_distance by groups of 8 keys, of which a thread has two: integers become floats at the speed of
-    exponentials, so this converts two a row, and what the groups add is constant."""
-    groups_layout: gl.constexpr = (
-        gl.zeros((WARPGROUP_ROWS, BLOCK_N), gl.float32, layout).reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8).type.layout
-    )
+def tile_distance(rows, first_col, span, groups_layout: gl.constexpr, BLOCK_N: gl.constexpr):
+    """algebra.score.key_distance as (64, 8) distances of the first 8 keys minus (1, BLOCK_N / 8, 1) of each group of 8: integers
+    become floats at the speed of exponentials, so this converts two a row, and what the groups add is constant."""
     row_layout: gl.constexpr = gl.SliceLayout(1, groups_layout)
     within = first_col + gl.arange(0, 8, layout=gl.SliceLayout(0, row_layout))
     rows = gl.convert_layout(rows, gl.SliceLayout(1, row_layout))
     nearest = key_distance(rows[:, None], within[None, :], span)
     groups = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, groups_layout))) * 8
-    groups = gl.expand_dims(groups[None, :], 2).to(gl.float32)
-    distance = gl.expand_dims(nearest, 1) - groups
-    return gl.convert_layout(distance.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
+    return nearest, gl.expand_dims(groups[None, :], 2).to(gl.float32)
+
+
+@gluon.jit
+def tile_pivot(pivot, offset, unit, tile, score, BLOCK_N: gl.constexpr):
+    """What the exponents of a tile that lacks `offset` are taken against."""
+    layout: gl.constexpr = tile.type.layout
+    if score.one_sided is None:
+        result = pivot[:, None]
+    else:
+        groups_layout: gl.constexpr = tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8).type.layout
+        row_layout: gl.constexpr = gl.SliceLayout(1, groups_layout)
+        pivot = gl.convert_layout(pivot, gl.SliceLayout(1, row_layout))[:, None] - offset * unit
+        spread = gl.expand_dims(pivot, 1) + gl.zeros((WARPGROUP_ROWS, BLOCK_N // 8, 8), gl.float32, groups_layout)
+        result = gl.convert_layout(spread.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
+    return result
 
 
 @gluon.jit
 def score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N: gl.constexpr):
-    """Scores of one block of dot products, -inf where a row may not see a key."""
+    """(scores of one block of dot products, -inf where a row may not see a key; what they lack, (64, 8) for each column of a
+    group of 8, or 0).
+
+    ALiBi's share of a score is one of the group of 8 keys and one of the row and the place in the group, unless a distance
+    may be negative. The second enters the maximum and the pivot of a row instead of every score.
+    """
     layout: gl.constexpr = tile.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))
     lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     first_col = n_block * BLOCK_N
-    tile = score_forward(tile, tile_distance(rows, first_col, span, layout, BLOCK_N), score, slope)
+    grouped = tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8)
+    groups_layout: gl.constexpr = grouped.type.layout
+    nearest, groups = tile_distance(rows, first_col, span, groups_layout, BLOCK_N)
+    if score.one_sided is not None:
+        grouped = score_forward(grouped, -groups, score, slope)
+        offset = -slope * nearest
+    else:
+        grouped = score_forward(grouped, gl.expand_dims(nearest, 1) - groups, score, slope)
+        offset = 0.0
+    tile = gl.convert_layout(grouped.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
     if masked:
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, lanes[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window)
-    return tile
+    return tile, offset
+
+
+@gluon.jit
+def tile_follows(tiles, slot, phase, last):
+    """Whether another tile follows, which only the last step of a tile waits to learn."""
+    mbarrier.wait(tiles.full.index(slot), phase, pred=last)
+    return last & (tile_field(tiles, slot, 0) >= 0)
 
 
 @gluon.jit
 def attend_blocks(
     q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
-    full_begin, full_end, follows, span, window, score, slope, unit,
+    full_begin, full_end, follows, tiles, next_slot, next_phase, span, window, score, slope, unit,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
@@ -215,12 +253,14 @@ def attend_blocks(
         acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
         if PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
+        if tiles is not None:
+            follows = tile_follows(tiles, next_slot, next_phase, n_block == begin)
         tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (n_block < full_begin) | (n_block >= full_end)
-        tile = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
-        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, unit, score, BLOCK_N)
+        tile, offset = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
+        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | follows)
         acc = await_columns(acc)
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
@@ -228,7 +268,7 @@ def attend_blocks(
         weights = gl.convert_layout(p.to(q_tile.dtype), operand)
         if score.bounded is None:
             acc = scale_columns(acc, rescale)
-    return weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase
+    return weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows
 
 
 @gluon.jit
@@ -302,15 +342,14 @@ def attend_overlapped(
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, tile_field(tiles, t_slot, 2), tile_field(tiles, t_slot, 1))
         next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
-        mbarrier.wait(tiles.full.index(next_slot), next_phase, pred=present)
-        follows = present & (tile_field(tiles, next_slot, 0) >= 0)
+        follows = tile_follows(tiles, next_slot, next_phase, present & (end - begin == 1))
         tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1, pred=present)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
-        tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
+        tile, offset = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
         inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, score, BLOCK_N)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
         acc = await_columns(acc)
         weights = gl.convert_layout(p.to(dtype), operand)
@@ -325,9 +364,9 @@ def attend_overlapped(
             mbarrier.arrive(tiles.empty.index(old_slot), count=1)
         acc = zero_columns(WIDTH)
         last = gl.where(present, end - 1, begin)
-        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
+        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            last, full_begin, full_end, follows, span, window, score, slope, unit,
+            last, full_begin, full_end, follows, tiles, next_slot, next_phase, span, window, score, slope, unit,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.arrive(q_ring.empty.index(q_index), count=1, pred=present)
@@ -374,14 +413,14 @@ def attend_serially(
         mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
-        tile = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, unit, score, BLOCK_N)
+        tile, offset = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
+        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
         weights = gl.convert_layout(p.to(dtype), operand)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=end - begin > 1)
         acc = zero_columns(WIDTH)
-        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase = attend_blocks(
+        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, _follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            end - 1, full_begin, full_end, False, span, window, score, slope, unit,
+            end - 1, full_begin, full_end, False, None, 0, 0, span, window, score, slope, unit,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
@@ -427,7 +466,7 @@ def attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
@@ -448,7 +487,7 @@ def attn_fwd_kernel(
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
                       1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
+                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -459,5 +498,5 @@ def attn_fwd_kernel(
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
                       2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, PACKED)),
+                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
