@@ -22,8 +22,8 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    # slope stride, exact, negative, one_sided, bounded, and no sinks: a forward passes those in place of the last
-    score_rest: tuple[Any, ...]
+    forward_score: tuple[Any, ...]  # stride of slopes, exact, negative, one_sided, bounded; then come (sinks)
+    backward_score: tuple[Any, ...]  # the same without what is of a forward
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 
@@ -35,18 +35,21 @@ def fixed_arguments(operands: Operands) -> FixedArguments:
     if operands.block_table is not None:
         total_k = operands.block_table.shape[1] * k.shape[1]
     dropout_p = operands.dropout_p
+    score = (
+        None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
+        1 if q.dtype == torch.float32 else None,
+        1 if operands.softmax_scale < 0.0 else None,
+    )
     return FixedArguments(
         batch_size=q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1,
         scale=max(abs(operands.softmax_scale), SMALLEST_SCALE),
         softcap=operands.softcap if operands.softcap > 0.0 else None,
-        score_rest=(
-            None if slopes is None else (slopes.stride(0) if slopes.dim() == 2 else 0),
-            1 if q.dtype == torch.float32 else None,
-            1 if operands.softmax_scale < 0.0 else None,
+        forward_score=(
+            *score,
             1 if slopes is not None and operands.window[1] == 0 else None,
             1 if 0.0 < operands.softcap <= LARGEST_BOUND and slopes is None and q.dtype != torch.float16 else None,
-            None,
         ),
+        backward_score=(*score, None, None, None),
         dropout=(random_bits.keep_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p > 0.0 else (None, None),
         lengths=(
             operands.max_seqlen_q,

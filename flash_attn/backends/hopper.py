@@ -36,8 +36,6 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return "has no kernels that write a cache"
     if problem.dropout:
         return "has no dropout"
-    if problem.lse_gradient:
-        return "its gradients take none of softmax_lse"
     if not problem.aligned:
         return (
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "
@@ -167,7 +165,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             out_map(p[3]),
             (p[4], *lse_strides),
             (p[5], p[6], p[7], p[8], None),
-            (fixed.scale, fixed.softcap, p[9], *fixed.score_rest[:-1], p[12]),
+            (fixed.scale, fixed.softcap, p[9], *fixed.forward_score, p[12]),
             p[11],
             num_tiles,
             num_m,

@@ -94,7 +94,7 @@ def _bind_regular(
                counter: Tensor) -> None:  # fmt: skip
         tensors = operands.q, operands.k, operands.v, dout
         rest = softmax_lse, delta, *optional_tensors(operands)[:5], counter
-        launch_dq(*tensors, gradients.dq, out, *rest)
+        launch_dq(*tensors, gradients.dq, out, *rest, operands.dlse)
         for launch_dkdv in launches_dkdv:
             launch_dkdv(*tensors, gradients.dk, gradients.dv, *rest)
 
@@ -155,9 +155,10 @@ def bind_dq(
             dq_map(p[4]),
             (p[5], *out_strides),
             (p[6], *row_strides),
+            (p[14], *row_strides) if problem.lse_gradient else None,
             (p[7], *row_strides),
             (p[8], p[9], p[10], p[11], None),
-            (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
+            (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
             p[13],
             *tiles.sizes,
         )
@@ -174,7 +175,7 @@ def bind_dq(
         "Q_STAGES": config.q_stages,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 5, *[arguments.Tensor] * 3, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 5, *[arguments.Tensor] * 4, arguments.Sequences, arguments.Score)
     return Launcher(attn_bwd_dq_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -208,7 +209,7 @@ def bind_dkdv(
             (p[6], *row_strides),
             (p[7], *row_strides),
             (p[8], p[9], p[10], p[11], None),
-            (fixed.scale, fixed.softcap, p[12], *fixed.score_rest),
+            (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
             p[13],
             *tiles.sizes,
         )
@@ -255,7 +256,7 @@ def bind_one_pass(
         dq_sum = torch.empty(size, dtype=torch.float32, device=dout.device)
         turns = torch.empty(num_turns, dtype=torch.int32, device=dout.device) if problem.deterministic else None
         optional = optional_tensors(operands)
-        launch_rows(out, dout, delta, dq_sum, turns, *optional[:4])
+        launch_rows(out, dout, delta, dq_sum, turns, *optional[:4], softmax_lse, operands.dlse)
         launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, turns, softmax_lse,
                         delta, *optional[:5], counter)  # fmt: skip
         launch_convert(dq_sum, gradients.dq, *optional[:4])
@@ -295,7 +296,7 @@ def _bind_products(
             (p[8], *row_strides),
             (p[9], *row_strides),
             (p[10], p[11], p[12], p[13], None),
-            (fixed.scale, fixed.softcap, p[14], *fixed.score_rest),
+            (fixed.scale, fixed.softcap, p[14], *fixed.backward_score),
             p[15],
             *blocks,
             *tiles.sizes,
@@ -338,6 +339,8 @@ def _bind_rows(
         return (
             (p[0], *out_strides),
             (p[1], *dout_strides),
+            (p[9], *row_strides) if problem.lse_gradient else None,
+            (p[10], *row_strides) if problem.lse_gradient else None,
             (p[2], *row_strides),
             p[3],
             p[4],
@@ -346,7 +349,7 @@ def _bind_rows(
         )
 
     def build_convert(p: Sequence[Any]) -> tuple[Any, ...]:
-        score = fixed.scale, fixed.softcap, None, *fixed.score_rest
+        score = fixed.scale, fixed.softcap, None, *fixed.backward_score
         return p[0], (p[1], *dq_strides), (p[2], p[3], p[4], p[5], None), score, *sizes
 
     constants = {
@@ -356,7 +359,7 @@ def _bind_rows(
     }
     programs = blocks[1] * nheads * fixed.batch_size
     options = {"num_warps": 4}
-    rows_kinds = (*[arguments.Tensor] * 3, None, None, arguments.Sequences)
+    rows_kinds = (*[arguments.Tensor] * 5, None, None, arguments.Sequences)
     convert_kinds = (None, arguments.Tensor, arguments.Sequences, arguments.Score)
     return (
         Launcher(attn_bwd_rows_kernel, programs, build_rows, rows_kinds, constants, options),

@@ -152,7 +152,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     config = config._replace(num_stages=pipeline_stages(config.num_stages, operands.block_table is not None))
     tma = tma and config.tma
     k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
-    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    batch_size, scale, softcap, forward_score, _backward, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))
     lse_strides = statistic_strides(softmax_lse)
     pages, appended = page_numbers(operands, config.block_n), operands.appended or None
@@ -168,7 +168,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
             (p[11], *pages),
-            (scale, softcap, p[9], *score_rest[:-1], p[12]),
+            (scale, softcap, p[9], *forward_score, p[12]),
             (p[10], *dropout),
             *lengths,
         )
@@ -216,7 +216,7 @@ def bind_dq(
     config = dq_config(problem, hardware, tma)
     tma = tma and config.tma
     k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
-    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(strides, (q, k, v, out, dout, dq))
     row_strides = statistic_strides(softmax_lse)
 
@@ -235,7 +235,7 @@ def bind_dq(
             k_map(p[1]) if tma else None,
             v_map(p[2]) if tma else None,
             (p[11], p[12], p[13], p[14], None),
-            (scale, softcap, p[15], *score_rest),
+            (scale, softcap, p[15], *backward_score),
             (p[16], *dropout),
             *lengths,
         )
@@ -255,7 +255,7 @@ def bind_dkdv(
     q, k, v = operands.q, operands.k, operands.v
     hardware = hardware_of(q.device)
     fit = _descriptors_fit(problem, hardware, q, dout)
-    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = map(strides, (q, k, v, dout, dk, dv))
     row_strides = statistic_strides(softmax_lse)
 
@@ -276,7 +276,7 @@ def bind_dkdv(
                 q_map(p[0]) if tma else None,
                 dout_map(p[4]) if tma else None,
                 (p[11], p[12], p[13], p[14], None),
-                (scale, softcap, p[15], *score_rest),
+                (scale, softcap, p[15], *backward_score),
                 (p[16], *dropout),
                 *lengths,
             )
@@ -298,7 +298,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     from flash_attn.kernels.portable.scores import attn_scores_kernel
 
     q, k = operands.q, operands.k
-    batch_size, scale, softcap, score_rest, dropout, lengths = fixed_arguments(operands)
+    batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     padded = [math.ceil(length / 128) * 128 for length in (operands.max_seqlen_q, operands.max_seqlen_k)]
     scores = q.new_zeros(batch_size, q.shape[-2], *padded)
     block = 16 if q.device.type == "cpu" else 64
@@ -313,7 +313,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
             *score_strides,
             (p[3], p[4], p[5], p[6], None),
             (p[9], *pages),
-            (scale, softcap, p[7], *score_rest),
+            (scale, softcap, p[7], *backward_score),
             (p[8], *dropout),
             *lengths,
         )

@@ -206,7 +206,7 @@ def bind_decode(
     q = operands.q
     config = decode_config(problem, hardware)
     group = group_size(operands)
-    _, scale, softcap, score_rest, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
+    _, scale, softcap, forward_score, _, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
     q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))
     out_strides = result_strides(q)
     *pages, whole = page_numbers(operands, config.block_n)
@@ -229,7 +229,7 @@ def bind_decode(
             p[7],
             p[8],
             p[9],
-            (scale, softcap, p[10], *score_rest[:-1], None if parts else p[11]),
+            (scale, softcap, p[10], *forward_score, None if parts else p[11]),
             *numbers,
         )
 

@@ -26,11 +26,12 @@ LN_2 = 0.6931471805599453
 @triton.jit
 def score_kernel(
     qk, ds, tile, gradient, slopes, softmax_scale, softcap, seqlen_q, seqlen_k,
-    ROWS: tl.constexpr, COLS: tl.constexpr, NEGATIVE: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, NEGATIVE: tl.constexpr, HIDDEN: tl.constexpr, ONE_SIDED: tl.constexpr,
 ):  # fmt: skip
     score = Score(
-        softmax_scale, softcap=softcap, alibi_slopes=slopes, stride_alibi_b=0, exact=1, negative=1 if NEGATIVE else None
-    )
+        softmax_scale, softcap=softcap, alibi_slopes=slopes, stride_alibi_b=0, exact=1, negative=1 if NEGATIVE else None,
+        one_sided=1 if ONE_SIDED else None,
+    )  # fmt: skip
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     offsets = rows * COLS + cols
     span = Span(0, 0, seqlen_q, seqlen_k)
@@ -43,11 +44,11 @@ def score_kernel(
     tl.store(gradient + offsets, algebra.score_backward(upstream, scores, x, score) * algebra.gradient_scale(score))
 
 
-def run(qk, ds, softmax_scale, softcap, slopes, seqlens, hidden=0):
+def run(qk, ds, softmax_scale, softcap, slopes, seqlens, hidden=0, one_sided=False):
     tile, gradient = torch.empty_like(qk), torch.empty_like(qk)
     score_kernel[(1,)](
         qk, ds, tile, gradient, slopes, abs(softmax_scale), softcap or None, *seqlens,
-        ROWS=ROWS, COLS=COLS, NEGATIVE=softmax_scale < 0, HIDDEN=hidden,
+        ROWS=ROWS, COLS=COLS, NEGATIVE=softmax_scale < 0, HIDDEN=hidden, ONE_SIDED=one_sided,
     )  # fmt: skip
     return tile.double() * LN_2, gradient.double()
 
@@ -79,6 +80,17 @@ def test_score_and_gradient(softmax_scale, softcap, slope, seqlens, seed):
     step = 1e-5
     change = formula(qk.double() + step, *words) - formula(qk.double() - step, *words)
     torch.testing.assert_close(gradient, ds.double() * change / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seqlens", [(16, 48), (16, 90)])
+def test_one_sided_distances_are_what_they_are(seqlens, seed):
+    """Where no key lies behind a row's diagonal, the absolute value changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randn(ROWS, COLS, generator=generator), torch.ones(ROWS, COLS), 0.3, 0.0, torch.tensor([9.0, 0.25])
+    calls = [run(*words, seqlens, one_sided=one_sided) for one_sided in (False, True)]
+    assert all(map(torch.equal, *calls))
+    behind = run(*words, (ROWS, COLS // 2), one_sided=True)[0]
+    assert behind[0, -1] > run(*words, (ROWS, COLS // 2))[0][0, -1]
 
 
 def test_gradient_of_a_saturated_softcap_is_zero():

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from flash_attn.kernels.algebra import softmax as algebra  # noqa: E402
+from flash_attn.kernels.algebra.arguments import Score  # noqa: E402
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -32,21 +33,25 @@ def step_in_parts(row_max, row_sums, tile, unit, ROWS: tl.constexpr, TILE: tl.co
 
 @triton.jit
 def fold_kernel(
-    scores, values, unit, sinks, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr
+    scores, values, unit, sinks, out, lse, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scores * unit / log2(e)) values, one value per key; the row sums in one or several parts.
 
     Where there are sinks, each row has its own.
     """
     rows = tl.arange(0, ROWS)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_max = tl.full([ROWS], algebra.lowest_max(Score(1.0, bounded=1 if BOUNDED else None)), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     row_sums = tl.zeros([ROWS, PARTS], tl.float32)
     acc = tl.zeros([ROWS], tl.float32)
     for number in range(tiles):
         cols = number * TILE + tl.arange(0, TILE)
         tile = tl.load(scores + rows[:, None] * tiles * TILE + cols[None, :])
-        if PARTS == 1:
+        if BOUNDED:
+            rescale = 1.0
+            weights, row_sum = algebra.softmax_step_bounded(row_sum, tile, unit)
+        elif PARTS == 1:
             weights, rescale, row_max, row_sum = algebra.softmax_step(row_max, row_sum, tile, unit)
         else:
             weights, rescale, row_max, row_sums = step_in_parts(row_max, row_sums, tile, unit, ROWS, TILE, PARTS)
@@ -58,7 +63,10 @@ def fold_kernel(
     tl.store(lse + rows, row_lse)
 
 
-@pytest.fixture(params=[1, 4], ids=["step", "step-in-parts"])
+BOUNDED = 0  # in place of a number of parts
+
+
+@pytest.fixture(params=[1, 4, BOUNDED], ids=["step", "step-in-parts", "step-bounded"])
 def parts(request):
     return request.param
 
@@ -66,7 +74,10 @@ def parts(request):
 def fold(scores, values, scale, parts, sinks=None):
     out, lse = torch.empty(ROWS), torch.empty(ROWS)
     tiles = scores.shape[1] // TILE
-    fold_kernel[(1,)](scores, values, scale * LOG2_E, sinks, out, lse, tiles, ROWS=ROWS, TILE=TILE, PARTS=parts)
+    fold_kernel[(1,)](
+        scores, values, scale * LOG2_E, sinks, out, lse, tiles,
+        ROWS=ROWS, TILE=TILE, PARTS=max(parts, 1), BOUNDED=parts == BOUNDED,
+    )  # fmt: skip
     return out, lse
 
 
@@ -87,6 +98,8 @@ def check_fold(scores, values, scale, parts, sinks=None):
 def test_folding_is_softmax(tiles, scale, seed, parts):
     generator = torch.Generator().manual_seed(seed)
     scores = 3.0 * torch.randn(ROWS, tiles * TILE, generator=generator)
+    if parts == BOUNDED:
+        scores = scores.clamp(-50.0 / scale, 50.0 / scale)
     check_fold(scores, torch.randn(tiles * TILE, generator=generator), scale, parts)
 
 
@@ -110,6 +123,8 @@ def test_rows_hide_different_keys(seed, parts):
 @pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
 def test_scores_far_apart(order, parts):
     """Each tile's maximum lies hundreds above or below the one before: sums must neither overflow nor lose the needle."""
+    if parts == BOUNDED:
+        pytest.skip("such scores are not bounded")
     scores = torch.linspace(-3000, 3000, 4 * TILE)[::1].repeat(ROWS, 1)
     check_fold(scores.flip(1) if order < 0 else scores, torch.arange(4.0 * TILE), 1.0, parts)
 

@@ -82,7 +82,8 @@ def variants() -> list[Variant]:
     ]
     heaviest = [Variant(headdim, True, "everything") for headdim in FORWARD]
     sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
-    odd = [Variant(headdim, True) for headdim in (40, 96, 192)]
+    odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
+    odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd]))
 
 

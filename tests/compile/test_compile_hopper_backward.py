@@ -53,6 +53,7 @@ KINDS = {  # of the sum of dq: whether causal, and features
         (True, "alibi"),
         (False, "plain"),
         (True, "varlen"),
+        (False, "lse_gradient"),
     ],
     "in order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen")],
     "two passes": [(True, "plain"), (True, "scores")],
@@ -60,7 +61,8 @@ KINDS = {  # of the sum of dq: whether causal, and features
 
 
 def backward_variants() -> list[tuple[Variant, str]]:
-    found = [(Variant("backward", "sm_90", 96, "float16", long=True), "any order")]
+    parts = [(headdim, "float16", True) for headdim in (80, 96, 160, 192)]  # head dims whose products have two parts
+    found = [(Variant("backward", "sm_90", *part, long=True), "any order") for part in parts]
     for headdim in (64, 128, 256):
         for form in KINDS if headdim <= 128 else ["any order"]:  # at head dim 256 all are two passes
             found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), form) for kind in KINDS[form]]
@@ -74,6 +76,8 @@ def test_backward(variant, form, tmp_path):
     statistic = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     softmax_lse = torch.empty(statistic, device="meta")
     gradients = Gradients(*map(torch.empty_like, (q, k, v)))
+    if problem.lse_gradient:
+        operands = operands._replace(dlse=softmax_lse)
     counter = torch.empty(2, dtype=torch.int32, device="meta")
     with (
         compiling_for("sm_90", str(tmp_path)) as launches,

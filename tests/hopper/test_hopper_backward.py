@@ -112,6 +112,24 @@ def test_features(feature, headdim, form, device, seed):
         check(case, device, seed, form)
 
 
+@on_hopper
+@pytest.mark.parametrize("layout", ["dense", "varlen"])
+@each_form(*WIDTHS)
+def test_a_gradient_of_softmax_lse(headdim, form, layout, device, seed):
+    """Beside one of out; NaN for rows that see no key, as a loss that takes a logarithm of zero sends back."""
+    case = Case("lse", BF16, headdim, 4, 2, (300, 130), (170, 130), layout, causal=True)
+    if layout == "dense":
+        case = replace(case, seqlens_q=(300, 300), seqlens_k=(170, 170))
+    inputs = make_inputs(case, device, seed)
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    with chosen(form, headdim) as deterministic:
+        out, lse, _ = calls.public(case, inputs, *leaves, deterministic=deterministic, return_attn_probs=True)
+        dlse = calls.randn(*lse.shape, dtype=lse.dtype, device=device, seed=seed + 7)
+        dlse = dlse.masked_fill(lse == -math.inf, math.nan)
+        dq, dk, dv = torch.autograd.grad((out, lse), leaves, (inputs.dout, dlse))
+    expected(case, inputs, None, dlse.nan_to_num()).check(dq=dq, dk=dk, dv=dv)
+
+
 VARLEN = {
     "uneven": ((1, 700, 0, 64, 193, 5), (700, 1, 64, 0, 193, 300)),
     "one long among many empty": ((0,) * 70 + (900,) + (0,) * 70, (0,) * 70 + (900,) + (0,) * 70),

@@ -24,9 +24,11 @@ from flash_attn.launch.hopper import (
     TWO_CONSUMERS,
     HopperOnePassConfig,
     HopperTwoPassConfig,
+    even_share,
     head_dim_pad,
     hopper_backward_config,
     hopper_forward_config,
+    product_width,
 )
 from flash_attn.problem import AttentionProblem, describe
 
@@ -60,7 +62,6 @@ REFUSALS = [
     (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
     (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
     (HOPPER, dict(dropout=True), "has no dropout"),
-    (HOPPER, dict(lse_gradient=True), "take none of softmax_lse"),
     (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
     (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
     (CDNA, {}, "this is gfx942"),
@@ -329,6 +330,22 @@ def test_no_more_heads_are_drawn_together_than_there_are(monkeypatch):
     launcher = hopper.bind_forward(given, operands, q, torch.empty(1, 32, 2**18, device="meta"))
     num_tiles, num_m, heads_together = launcher.build([0] * 13)[8:11]
     assert (num_tiles, num_m, heads_together) == (32 * 2048, 2048, 32)
+
+
+def test_turns_of_heads_are_even():
+    """None is much smaller than the others, and none larger than asked."""
+    assert [even_share(16, heads) for heads in (0, 1, 16, 17, 32, 40, 84)] == [0, 1, 16, 9, 16, 14, 14]
+    assert all(even_share(16, heads) <= 16 for heads in range(1, 200))
+
+
+def test_products_leave_out_the_padding():
+    """In two parts, powers of two of at least 16 columns."""
+    widths = {8: 64, 64: 64, 72: 80, 80: 80, 96: 96, 104: 128, 136: 144, 160: 160, 192: 192, 200: 256, 256: 256}
+    assert {headdim: product_width(headdim) for headdim in widths} == widths
+    for headdim in range(1, 257):
+        width = product_width(headdim)
+        rest = width - (1 << (width.bit_length() - 1))
+        assert headdim <= width <= head_dim_pad(headdim) and (rest == 0 or rest in (16, 32, 64))
 
 
 def test_short_causal_gradients_take_two_passes():

@@ -1,6 +1,6 @@
 """First backward pass for Hopper: delta and dq, persistent and warp-specialised, each sum in one fixed order.
 
-    P = exp2(score(q k^T) - lse)      dP = dout v^T      dS = P * (dP - delta)      delta = rowsum(dout * out)
+    P = exp2(score(q k^T) - lse)      dP = dout v^T      dS = P * (dP - delta)      delta = rowsum(dout * out) - dlse
 
 One warp loads, two warpgroups ("consumers") of 64 query rows each differentiate. A program takes tiles of CONSUMERS * 64 query
 rows of one head from a counter in global memory until there are none.
@@ -22,8 +22,8 @@ tensor-core descriptor.
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.locate import row_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
-from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
-from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout, tile_weights
+from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_delta
+from flash_attn.kernels.hopper.backward_tiles import load_rows, load_rows_statistic, row_major_layout, tile_weights
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     accumulate_columns,
@@ -155,7 +155,7 @@ def accumulate_dq(
 
 @gluon.jit
 def dq_partition(
-    dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
+    dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
@@ -177,15 +177,16 @@ def dq_partition(
         rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
         out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD)))
         out_rows = load_rows(out, span, batch, head, out_index, HEAD_DIM, HEAD_DIM_PAD)
-        lse = gl.load(row_base(softmax_lse, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q,
-                      other=float("-inf"))  # fmt: skip
+        row_lse = lse_log2(load_rows_statistic(softmax_lse, span, batch, head, rows, float("-inf")))
         q_index = q_slot * CONSUMERS + CONSUMER
         mbarrier.wait(dout_ring.full.index(q_index), q_phase)
         row_delta = row_delta_of(out_rows, matrix(dout_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), row_layout)
+        if dlse is not None:
+            row_delta = softmax_delta(row_delta, load_rows_statistic(dlse, span, batch, head, rows, 0.0), row_lse)
         gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
         mbarrier.wait(q_ring.full.index(q_index), q_phase)
         dq, k_slot, k_phase, v_slot, v_phase = accumulate_dq(
-            q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, lse_log2(lse), row_delta, rows,
+            q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows,
             begin, end, full_begin, full_end, span, window, score, slope, BLOCK_N, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES,
         )  # fmt: skip
         mbarrier.arrive(dout_ring.empty.index(q_index), count=1)
@@ -207,7 +208,7 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def attn_bwd_dq_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, delta, sequences, score, counter,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, dlse, delta, sequences, score, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
@@ -221,9 +222,9 @@ def attn_bwd_dq_kernel(
     v_ring = allocate_ring(v_desc, V_STAGES, CONSUMERS)
     tiles = allocate_tiles(CONSUMERS)
     gl.warp_specialize([
-        (dq_partition, (dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
+        (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
                         0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
-        (dq_partition, (dq_desc, out, softmax_lse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
+        (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
                         1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work,
                           window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),

@@ -6,8 +6,9 @@ adjacent bytes. `attn_bwd_rows_kernel` clears it and computes delta; `attn_bwd_c
 
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale
+from flash_attn.kernels.algebra.softmax import lse_log2, softmax_delta
 from flash_attn.kernels.algebra.span import load_span
-from flash_attn.kernels.hopper.backward_tiles import load_rows, row_major_layout
+from flash_attn.kernels.hopper.backward_tiles import load_rows, load_rows_statistic, row_major_layout
 from flash_attn.kernels.hopper.pipeline import gl, gluon
 
 PART = gl.constexpr(64)  # rows and columns of one consumer's part of a dq block
@@ -55,10 +56,10 @@ def block_at(index, num_m, nheads):
 
 @gluon.jit(do_not_specialize=["num_dq_blocks", "num_m", "seqlen_q", "total_q", "nheads"])
 def attn_bwd_rows_kernel(
-    out, dout, delta, dq_sum, turns, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
+    out, dout, softmax_lse, dlse, delta, dq_sum, turns, sequences, num_dq_blocks, num_m, seqlen_q, total_q, nheads,
     HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) of one query block, and zeros where its dq will be summed and its turns counted."""
+    """delta = rowsum(dout * out) - dlse of one query block, and zeros where its dq will be summed and its turns counted."""
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
     m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
@@ -68,6 +69,9 @@ def attn_bwd_rows_kernel(
         out_rows = load_rows(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
         dout_rows = load_rows(dout, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)
         row_delta = gl.sum(out_rows.to(gl.float32) * dout_rows.to(gl.float32), 1)
+        if dlse is not None:
+            lse = load_rows_statistic(softmax_lse, span, batch, head, rows, float("-inf"))
+            row_delta = softmax_delta(row_delta, load_rows_statistic(dlse, span, batch, head, rows, 0.0), lse_log2(lse))
         gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
         block = first_dq_block(batch, span.start_q, num_m, BLOCK_M, PACKED) + m_block
         numbers: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])

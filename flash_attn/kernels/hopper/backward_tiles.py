@@ -38,6 +38,12 @@ def load_rows(t, span, batch, head, rows, HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: 
 
 
 @gluon.jit
+def load_rows_statistic(t, span, batch, head, rows, other):
+    """Per-row statistics of query rows; `other` past the end of the sequence."""
+    return gl.load(row_base(t, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q, other=other)
+
+
+@gluon.jit
 def allocate_statistics(DEPTH: gl.constexpr, BLOCK_M: gl.constexpr):
     """Room in shared memory for one fp32 number of every row of DEPTH query blocks."""
     return gl.allocate_shared_memory(gl.float32, [DEPTH, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -48,7 +54,7 @@ def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
     """Per-row statistics of one query block, in the registers of one warp; `other` past the end of the sequence."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = first + gl.arange(0, BLOCK_M, layout=layout)
-    return gl.load(row_base(t, batch, head, span.start_q) + rows, mask=rows < span.seqlen_q, other=other)
+    return load_rows_statistic(t, span, batch, head, rows, other)
 
 
 @gluon.jit

@@ -42,12 +42,12 @@ from flash_attn.kernels.hopper.pipeline import (
     await_columns,
     await_turn,
     fence_async_shared,
+    fill,
     give_turn,
     gl,
     gluon,
     head_part,
     inner_products,
-    load_tile,
     matrix,
     mbarrier,
     num_parts,
@@ -80,13 +80,16 @@ TURN_THREADS = gl.constexpr(256)
 
 
 @gluon.jit
-def load_block(
-    descriptor, ring, slot, phase, n_block, span, batch, head_k, BLOCK_N: gl.constexpr, PACKED: gl.constexpr
-):
-    """Copy one block of keys or values into its slot, once that is free."""
-    mbarrier.wait(ring.empty.index(slot), phase)
-    coordinates = row_coordinates(span.start_k, span.seqlen_k, n_block * BLOCK_N, batch, head_k, PACKED)
-    load_tile(descriptor, coordinates, ring.full.index(slot), ring.buffers.index(slot))
+def load_queries(
+    q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head,
+    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Copy the rows of every consumer, once its slot is free."""
+    for consumer in gl.static_range(CONSUMERS):
+        first = (m_block * CONSUMERS + consumer) * WARPGROUP_ROWS
+        slot = q_slot * CONSUMERS + consumer
+        fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
+    return advance(q_slot, q_phase, Q_STAGES)
 
 
 @gluon.jit
@@ -95,9 +98,10 @@ def load_partition(
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Draws tiles and keeps the rings full."""
+    """Draws tiles and keeps the rings full: in the order in which consumers read, values one block behind the keys."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
+    value, value_start, value_length, value_batch, value_head = -1, 0, 0, 0, 0  # the values that come next; -1 is none
     index, t_slot, t_phase = announce_next(
         tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
     )
@@ -105,26 +109,36 @@ def load_partition(
         m_block, head, batch = tile_at(index, work, window)
         span = tile_span(batch, sequences, work)
         begin, end = tile_blocks(m_block, span, work, window, BLOCK_M, BLOCK_N)
-        for consumer in gl.static_range(CONSUMERS):
-            slot = q_slot * CONSUMERS + consumer
-            first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
-            mbarrier.wait(q_ring.empty.index(slot), q_phase)
-            coordinates = row_coordinates(span.start_q, span.seqlen_q, first, batch, head, PACKED)
-            load_tile(q_desc, coordinates, q_ring.full.index(slot), q_ring.buffers.index(slot))
-        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
         head_k = head // work.group
+        if Q_STAGES == 2:
+            q_slot, q_phase = load_queries(
+                q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
+            )
         for n_block in range(end - 1, begin - 1, -1):
-            load_block(k_desc, k_ring, k_slot, k_phase, n_block, span, batch, head_k, BLOCK_N, PACKED)
+            first = n_block * BLOCK_N
+            fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
             k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+            if value >= 0:
+                fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
+                v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+            value, value_start, value_length, value_batch, value_head = (
+                first,
+                span.start_k,
+                span.seqlen_k,
+                batch,
+                head_k,
+            )
+            if Q_STAGES == 1:
+                if n_block == end - 1:  # out of the tile before leaves through the same buffer
+                    q_slot, q_phase = load_queries(
+                        q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
+                    )
             if n_block == gl.minimum(begin + DRAW_AHEAD, end - 1):
                 index, t_slot, t_phase = announce_next(
                     tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
                 )
-            if n_block < end - 1:
-                load_block(v_desc, v_ring, v_slot, v_phase, n_block + 1, span, batch, head_k, BLOCK_N, PACKED)
-                v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-        load_block(v_desc, v_ring, v_slot, v_phase, begin, span, batch, head_k, BLOCK_N, PACKED)
-        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+    if value >= 0:
+        fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
     clear_counter(work)
 
 
@@ -174,8 +188,8 @@ def softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N: gl.const
 
 @gluon.jit
 def tile_distance(rows, first_col, span, groups_layout: gl.constexpr, BLOCK_N: gl.constexpr):
-    """algebra.score.key_distance as (64, 8) distances of the first 8 keys minus (1, BLOCK_N / 8, 1) of each group of 8: integers
-    become floats at the speed of exponentials, so this converts two a row, and what the groups add is constant."""
+    """algebra.score.key_distance in two parts: (64, 8) of the first 8 keys, less (1, BLOCK_N / 8, 1) of each group of 8. Integers
+    become floats at the speed of exponentials, so this converts two a row; what a group adds is constant."""
     row_layout: gl.constexpr = gl.SliceLayout(1, groups_layout)
     within = first_col + gl.arange(0, 8, layout=gl.SliceLayout(0, row_layout))
     rows = gl.convert_layout(rows, gl.SliceLayout(1, row_layout))
