@@ -1,7 +1,7 @@
 """Device time of several implementations, checked first and then interleaved launch by launch.
 
 Launches alternate between providers inside one loop, in a new order each time, so that clock and temperature hit all of them
-alike; the median and quartiles of single launches are reported. Inputs rotate among sets that exceed the last-level cache.
+alike; the median and quartiles of single launches are reported. The cache is cold, and inputs rotate among several sets.
 """
 
 import math
@@ -22,6 +22,7 @@ ERROR_BOUND = {"bfloat16": 1e-2, "float16": 3e-3, "float32": 1e-4}  # relative t
 DROPOUT_BIAS_BOUND = 0.05  # dropout is unbiased; a forgotten rescale by 1 - p = 0.9 would be off by 0.1
 CACHE_BYTES = 60 * 2**20  # last-level cache of the largest device of interest
 MAX_INPUT_SETS = 8
+FILLER_BYTES = 2**30  # 0.3 ms on an H200, more than the host takes for any call
 FP64_SCORES = 2**28  # larger slices are checked in fp32
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 
@@ -206,14 +207,15 @@ def interleave(
     """Milliseconds of every launch of every contender, in alternation, and the clock while they ran."""
     if not contenders:
         return [], None
-    _run_round(contenders, 0, device)
+    filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    _run_round(contenders, 0, device, filler)
     synchronize(device)
     start = time.perf_counter()
-    _run_round(contenders, 1, device)
+    _run_round(contenders, 1, device, filler)
     synchronize(device)
     rounds = budget_s / max(time.perf_counter() - start, 1e-6)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(rounds)))
-    marks = [_run_round(contenders, index, device) for index in range(rounds)]
+    marks = [_run_round(contenders, index, device, filler) for index in range(rounds)]
     clock = read_clock(device)
     synchronize(device)
     return [[_elapsed_ms(*marks[index][place]) for index in range(rounds)] for place in range(len(contenders))], clock
@@ -222,14 +224,21 @@ def interleave(
 Mark = torch.cuda.Event | float
 
 
-def _run_round(contenders: Sequence[Contender], index: int, device: torch.device) -> list[tuple[Mark, Mark]]:
-    """One launch of each, in an order of the round's own: who always follows the hottest kernel finds the lowest clock, up to
-    5 % below that of another place (H200, 2026-11-29)."""
+def _run_round(
+    contenders: Sequence[Contender], index: int, device: torch.device, filler: Tensor | None
+) -> list[tuple[Mark, Mark]]:
+    """One launch of each, in an order of the round's own.
+
+    On a GPU the filler is written before each: launches find the cache cold, the clock not lowered by the one before (by up to
+    5 %, H200, 2026-11-29), and an end of the queue that the host has had time to reach.
+    """
     marks: dict[int, tuple[Mark, Mark]] = {}
     for place in random.Random(index).sample(range(len(contenders)), len(contenders)):
         contender = contenders[place]
         with contender.provider.scope():
             call = contender.launches[index % len(contender.launches)]
+            if filler is not None:
+                filler.zero_()
             before = _mark(device)
             call()
             marks[place] = before, _mark(device)

@@ -35,6 +35,7 @@ from flash_attn.kernels.algebra.score import (  # noqa: E402
     unit_log2,
 )
 from flash_attn.kernels.algebra.softmax import (  # noqa: E402
+    lowest_max,
     lse_log2,
     softmax_backward,
     softmax_delta,
@@ -42,6 +43,7 @@ from flash_attn.kernels.algebra.softmax import (  # noqa: E402
     softmax_pivot,
     softmax_rescale,
     softmax_step,
+    softmax_step_bounded,
     softmax_weights,
 )
 from flash_attn.kernels.algebra.span import Span, load_span  # noqa: E402
@@ -217,6 +219,9 @@ def probe_kernel(
         weights, rescale, row_max, row_sum = softmax_step(row_values, row_values, tile, 1.0)
         inverse_sum, lse = softmax_finish(row_max, row_sum, 1.0, score.sinks, batch)
         tile = weights * (rescale * inverse_sum + lse)[:, None]
+    elif FUNCTION == "softmax_step_bounded":
+        weights, row_sum = softmax_step_bounded(row_values, tile, 1.0)
+        tile = weights + (row_sum - lowest_max(score))[:, None]
     elif FUNCTION == "softmax_pivot":
         pivot = softmax_pivot(row_values, 1.0)
         tile = softmax_weights(tile, 1.0, pivot[:, None]) * softmax_rescale(row_values, 1.0, pivot)[:, None]
@@ -245,7 +250,7 @@ def probe_kernel(
 
 FUNCTIONS = (
     "key_interval", "query_interval", "visible", "hide", "key_blocks", "block_bounds", "score_forward", "score_backward",
-    "softmax_step", "softmax_pivot", "softmax_weights", "drop", "load_span", "locate_keys",
+    "softmax_step", "softmax_step_bounded", "softmax_pivot", "softmax_weights", "drop", "load_span", "locate_keys",
     "sequence_base",
 )  # fmt: skip
 

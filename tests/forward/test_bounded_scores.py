@@ -25,14 +25,17 @@ def device(request):
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP16], ids=str)
 @pytest.mark.parametrize("softcap", [1.0, LARGEST_BOUND, 2.0 * LARGEST_BOUND])
 def test_saturated_scores(softcap, dtype, device, request, seed):
-    """Weights from exp(-softcap) to exp(softcap) in one row; rows that see no key; a sink."""
+    """Weights of exp(-softcap), 1 and exp(softcap): every score is at the cap, at its negative, or 0, where tanh is exact.
+    Rows that see negative ones alone; rows that see no key."""
     place = request.node.callspec.params["device"]
     if (place == "hopper" and dtype == FP32) or (place == "interpreter" and dtype not in INTERPRETED):
         pytest.skip(f"{place} has no {dtype}")
     length = 60 if place == "interpreter" else 700
     case = Case("saturated", dtype, 64, 4, 2, (length, length), (length - 15,) * 2, causal=True, softcap=softcap)
     inputs = make_inputs(case, device, seed)
-    inputs = replace(inputs, q=inputs.q * softcap)
+    signs = inputs.k[..., :1].round().clamp(-1, 1)  # of a whole key
+    signs[:, :5] = -1
+    inputs = replace(inputs, q=torch.full_like(inputs.q, 30.0 * softcap), k=signs.expand_as(inputs.k).contiguous())
     results, _ = calls.forward(case, inputs, seed)
     expected(case, inputs).check(**results)
 
