@@ -10,9 +10,8 @@ from torch import Tensor
 from flash_attn import random_bits
 from flash_attn.backends.base import Operands
 
-LARGEST_BOUND = (
-    50.0  # of a softcap: exp(50) times 2^20 keys, and values up to 2^30, are far inside the range of fp32 and bf16
-)
+# of a softcap: sums of exp(50) over 2^20 keys, times values up to 2^30, stay inside the range of fp32, weights in that of bf16
+LARGEST_BOUND = 50.0
 SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
 
 
@@ -22,8 +21,8 @@ class FixedArguments(NamedTuple):
     batch_size: int
     scale: float  # Score's fields: scale, softcap, (slopes), ...
     softcap: float | None
-    forward_score: tuple[Any, ...]  # stride of slopes, exact, negative, one_sided, bounded; then come (sinks)
-    backward_score: tuple[Any, ...]  # the same without what is of a forward
+    forward_score: tuple[Any, ...]  # slope stride, exact, negative, one_sided, bounded; (sinks) follow
+    backward_score: tuple[Any, ...]  # the same without what belongs to a forward
     dropout: tuple[Any, ...]  # Dropout's fields after the pointer
     lengths: tuple[int | None, ...]  # seqlen_q, seqlen_k, total_q, total_k, window left and right, nheads, group
 

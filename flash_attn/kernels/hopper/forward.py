@@ -3,18 +3,20 @@
 One warp loads, two or three warpgroups ("consumers") of 64 query rows each attend. A program takes tiles of
 CONSUMERS * 64 query rows of one head from a counter in global memory until there are none.
 
-    load       draws tile i+1, announces it, copies Q(i), then K and V blocks from the last to the first
+    load       copies Q(i), then K(n) and V(n+1) from the last block to the first, into the next tile without a break;
+               DRAW_AHEAD blocks before the end of a tile draws the next one and announces it
     consumer   S = Q K(n)^T   is issued, then   O += P(n+1) V(n+1);   softmax of S runs while that product does
                its turn on the tensor cores alternates with its neighbour's when PING_PONG
 
     ring       filled by   read by       a slot is free when
     tiles      load        consumers     every consumer has read the number
-    q          load        one consumer  that consumer has issued its last Q K^T and it is complete
+    q          load        one consumer  that consumer's last Q K^T is complete; without OVERLAP, out has left
     k, v       load        consumers     every consumer's product with it is complete
 
 With OVERLAP (head dims up to 128) the last product with V of a tile runs beside the first product with K of the next one,
 so that short sequences do not drain the tensor cores; q then has two slots and out a buffer of its own. At head dim 256
-shared memory has room for neither: a tile is finished first, and out leaves through Q's buffer.
+shared memory has room for neither: a tile is finished first, and out leaves through Q's buffer. Products and accumulators are
+WIDTH columns wide, in two parts where that is no power of two; tiles in shared memory are padded to HEAD_DIM_PAD.
 
 Two things here are written for ptxas (12.8): the K/V loop is one loop with a uniform branch around the mask, because it
 miscompiles two sibling loops that share a tensor-core descriptor; and the spin on the next K's barrier stands between a
@@ -90,7 +92,7 @@ def load_partition(
     """Draws tiles and keeps the rings full: in the order in which consumers read, values one block behind the keys."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    value, value_start, value_length, value_batch, value_head = -1, 0, 0, 0, 0  # the values that come next; -1 is none
+    value, value_start, value_length, value_batch, value_head = -1, 0, 0, 0, 0  # the values that come next; -1: none
     index, t_slot, t_phase = announce_next(
         tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
     )
@@ -110,13 +112,8 @@ def load_partition(
             if value >= 0:
                 fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
                 v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-            value, value_start, value_length, value_batch, value_head = (
-                first,
-                span.start_k,
-                span.seqlen_k,
-                batch,
-                head_k,
-            )
+            value, value_start, value_length = first, span.start_k, span.seqlen_k
+            value_batch, value_head = batch, head_k
             if Q_STAGES == 1:
                 if n_block == end - 1:  # out of the tile before leaves through the same buffer
                     q_slot, q_phase = load_queries(
