@@ -23,7 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flash_attn
 from benchmarks import report
 from benchmarks.host import host_time
+from benchmarks.providers import installed
 from benchmarks.timing import ERROR_BOUND, significant, synchronize, two_norm_error
+from flash_attn import backends
 from flash_attn.kvcache.kv_attention import batch_invariant
 
 FLUSH_BYTES = 512 * 2**20  # 120 us on an H200: longer than the host needs for a call
@@ -172,6 +174,7 @@ class Provider(NamedTuple):
     make: Callable[[DecodeCase, Cache], Call]
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     same_result: bool = True  # as attention over the whole cache
+    needs: str = ""  # a package without which the provider is left out
 
 
 PROVIDERS = {
@@ -185,8 +188,10 @@ PROVIDERS = {
     "invariant": Provider("batch invariant", ours, batch_invariant),
     "cudnn": Provider("cuDNN", sdpa, lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
     "fa2": Provider("FA2", sdpa, lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+    "flaggems": Provider("FlagGems, page 16", varlen_paged(16), lambda: backends.use("flaggems"), needs="flag_gems"),
     "math": Provider("PyTorch", sdpa),
 }
+PEERS = ("cudnn", "fa2", "flaggems", "math")  # whose refusal is no failure
 
 
 def measure(case: DecodeCase, names: Sequence[str], device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -309,8 +314,9 @@ def _cell(row: dict[str, Any] | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument(
-        "--providers", nargs="+", choices=list(PROVIDERS), default=[n for n in PROVIDERS if n != "math"]
-    )
+        "--providers", nargs="+", choices=list(PROVIDERS), default=[n for n in PROVIDERS if n != "math"],
+        help="those whose package is missing are left out",
+    )  # fmt: skip
     parser.add_argument("--filter", nargs="+", default=[], metavar="WORD", help="keep cases whose name has every word")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of decode.json")
     parser.add_argument("--rounds", type=int, default=40)
@@ -320,9 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     cases = [case for case in (TINY if options.tiny else CASES) if all(word in case.name for word in options.filter)]
+    names = installed(options.providers, PROVIDERS)
     document: dict[str, Any] = {"kind": "decode", "machine": report.machine(device), "results": [], "step": []}
     for case in cases:
-        document["results"] += measure(case, options.providers, device, options.rounds)
+        document["results"] += measure(case, names, device, options.rounds)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             if not options.skip_step and case.bytes < 2**33:
@@ -331,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "decode.json"
     report.save_document(path, document)
     sys.stdout.write(f"{table(document)}\n\n{path}\n")
-    return int(any("refused" in row for row in document["results"] if row["provider"] not in ("cudnn", "fa2", "math")))
+    return int(any("refused" in row for row in document["results"] if row["provider"] not in PEERS))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -340,6 +340,6 @@ PROVIDERS: dict[str, Provider] = {
 OURS = ("ours", "portable", "hopper", "cpu")
 
 
-def installed(names: Sequence[str]) -> list[str]:
-    """The providers whose packages are there."""
-    return [name for name in names if not PROVIDERS[name].needs or importlib.util.find_spec(PROVIDERS[name].needs)]
+def installed(names: Sequence[str], providers: Mapping[str, Any] = PROVIDERS) -> list[str]:
+    """The providers whose packages, named in `needs`, are there."""
+    return [name for name in names if not providers[name].needs or importlib.util.find_spec(providers[name].needs)]

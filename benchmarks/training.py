@@ -5,6 +5,7 @@ first batch has to agree with the others' before anything is timed.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
 from benchmarks.timing import synchronize
-from flash_attn import flash_attn_func
+from flash_attn import backends, flash_attn_func
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (batch, seqlen, heads, headdim) each; causal
 LOSS_BOUND = 1e-2  # between implementations: bf16 activations through all layers
@@ -53,10 +54,17 @@ def sdpa(backend: SDPBackend) -> Attention:
     return attend
 
 
+def flaggems(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlagGems' forward; its backend leaves gradients to the portable kernels."""
+    with backends.use("flaggems"):
+        return flash_attn_func(q, k, v, causal=True)
+
+
 ATTENTIONS: dict[str, Attention] = {
     "ours": lambda q, k, v: flash_attn_func(q, k, v, causal=True),
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa2": sdpa(SDPBackend.FLASH_ATTENTION),
+    "flaggems": flaggems,
     "math": sdpa(SDPBackend.MATH),
 }
 
@@ -163,7 +171,8 @@ def table(document: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--providers", nargs="+", choices=list(ATTENTIONS), default=["ours", "cudnn", "fa2"])
+    default = ["ours", "cudnn", "fa2"] + ["flaggems"] * (importlib.util.find_spec("flag_gems") is not None)
+    parser.add_argument("--providers", nargs="+", choices=list(ATTENTIONS), default=default)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -126,6 +126,7 @@ def test_paged_keys_are_those_of_the_table():
 def test_providers_without_their_package_are_left_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "flag_gems" else object())
     assert installed(["ours", "flaggems", "fa2", "flaggems_sdpa"]) == ["ours", "fa2"]
+    assert installed(["dense", "flaggems"], decode.PROVIDERS) == ["dense"]
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert installed(["ours", "flaggems"]) == ["ours", "flaggems"]
@@ -273,6 +274,13 @@ def test_a_tiny_decode_run(tmp_path, capsys):
             assert row["error"] < 1e-4 and row["host_us"] > 0
     table = report.decode_section(document)
     assert case.name in table and "page 16" in table
+
+
+def test_a_peer_that_refuses_is_no_failure(tmp_path, capsys):
+    """FlagGems has no attention for a CPU, or is not there at all."""
+    assert decode.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--providers", "dense", "flaggems"]) == 0
+    rows = json.loads((tmp_path / "decode.json").read_text())["results"]
+    assert [row["provider"] for row in rows if "refused" not in row] == ["dense"]
 
 
 def test_a_tiny_training_run(tmp_path, capsys):
