@@ -31,30 +31,32 @@ from flash_attn.kernels.hopper.backward_tiles import (
     next_group_block,
     tile_weights,
 )
+from flash_attn.kernels.hopper.columns import (
+    accumulate_columns,
+    await_product,
+    await_products,
+    first_part,
+    inner_products,
+    num_parts,
+    store_columns,
+    zero_columns,
+)
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
-    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
-    await_product,
-    await_products,
     fence_async_shared,
     fill,
     gl,
     gluon,
-    head_part,
-    inner_products,
     loop_variant,
     matrix,
     mbarrier,
-    num_parts,
     row_coordinates,
     start_store,
-    store_columns,
     tma,
     warpgroup_mma_wait,
-    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -136,7 +138,7 @@ def accumulate_dkdv(
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end)."""
     layout: gl.constexpr = accumulator_layout(BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     PARTS: gl.constexpr = num_parts(WIDTH)
     dtype: gl.constexpr = q_ring.buffers.dtype
     cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]

@@ -24,29 +24,31 @@ from flash_attn.kernels.algebra.locate import row_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_delta
 from flash_attn.kernels.hopper.backward_tiles import load_rows, load_rows_statistic, row_major_layout, tile_weights
+from flash_attn.kernels.hopper.columns import (
+    accumulate_columns,
+    await_products,
+    first_part,
+    inner_products,
+    store_columns,
+    zero_columns,
+)
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
-    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
     along_rows,
-    await_products,
     fence_async_shared,
     fill,
     gl,
     gluon,
-    head_part,
-    inner_products,
     loop_variant,
     matrix,
     mbarrier,
     row_coordinates,
     start_store,
-    store_columns,
     tma,
     warpgroup_mma_wait,
-    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -117,7 +119,7 @@ def accumulate_dq(
 ):  # fmt: skip
     """Sum of dS K over key blocks [begin, end)."""
     layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     dtype: gl.constexpr = q_ring.buffers.dtype
     lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     dq = zero_columns(WIDTH)

@@ -40,29 +40,31 @@ from flash_attn.kernels.hopper.backward_tiles import (
     next_group_block,
     tile_weights,
 )
+from flash_attn.kernels.hopper.columns import (
+    accumulate_columns,
+    await_products,
+    first_part,
+    inner_products,
+    num_parts,
+    zero_columns,
+)
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     Ring,
-    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_barriers,
     allocate_ring,
-    await_products,
     fence_async_shared,
     gl,
     gluon,
-    head_part,
-    inner_products,
     loop_variant,
     matrix,
     mbarrier,
-    num_parts,
     product,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
-    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -186,7 +188,7 @@ def accumulate(
     DOWN: gl.constexpr = turn is not None
     layout: gl.constexpr = accumulator_layout(BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     dtype: gl.constexpr = q_ring.buffers.dtype
     cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]
     ends = first_key + WARPGROUP_ROWS > span.seqlen_k  # zero keys past the end must not meet an infinite weight

@@ -26,30 +26,32 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.score import load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import lowest_max
+from flash_attn.kernels.hopper.columns import (
+    accumulate_columns,
+    await_columns,
+    first_part,
+    inner_products,
+    num_parts,
+    scale_columns,
+    zero_columns,
+)
 from flash_attn.kernels.hopper.forward_tiles import finish, score_block, softmax_step, store_tile
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
-    accumulate_columns,
     accumulator_layout,
     advance,
     allocate_ring,
-    await_columns,
     await_turn,
     fill,
     give_turn,
     gl,
     gluon,
-    head_part,
-    inner_products,
     matrix,
     mbarrier,
-    num_parts,
     partial_layout,
-    scale_columns,
     tma,
     warpgroup_mma_wait,
-    zero_columns,
 )
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
@@ -194,7 +196,7 @@ def attend_overlapped(
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
     tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
     dtype: gl.constexpr = o_buffers.dtype
     unit = unit_log2(score)
@@ -273,7 +275,7 @@ def attend_serially(
     """One consumer that finishes a tile before the next one; out leaves through Q's buffer."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(head_part(WIDTH)), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
     dtype: gl.constexpr = o_buffers.dtype
     unit = unit_log2(score)
