@@ -5,7 +5,6 @@ first batch has to agree with the others' before anything is timed.
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
+from benchmarks.providers import installed
 from benchmarks.timing import synchronize
 from flash_attn import backends, flash_attn_func
 
@@ -171,7 +171,7 @@ def table(document: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    default = ["ours", "cudnn", "fa2"] + ["flaggems"] * (importlib.util.find_spec("flag_gems") is not None)
+    default = installed(["ours", "cudnn", "fa2", "flaggems"])
     parser.add_argument("--providers", nargs="+", choices=list(ATTENTIONS), default=default)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--steps", type=int, default=15)

@@ -171,8 +171,8 @@ def bind_dq(
         "CONSUMERS": CONSUMERS,
         "K_STAGES": config.k_stages,
         "V_STAGES": config.v_stages,
-        "DRAW_AHEAD": config.draw_ahead,
         "Q_STAGES": config.q_stages,
+        "DRAW_AHEAD": config.draw_ahead,
         "REGISTERS": config.registers,
     }
     kinds = (*[None] * 5, *[arguments.Tensor] * 4, arguments.Sequences, arguments.Score)

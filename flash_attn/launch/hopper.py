@@ -8,6 +8,11 @@ from flash_attn.launch import forward, pinned_config
 from flash_attn.problem import AttentionProblem
 
 CONSUMER_ROWS = 64  # query rows of one consumer, a warpgroup
+# Blocks of keys that a tile still has to load when its program draws the next one: enough to hide the draw. Drawn at a tile's
+# first block, where tiles are few and of many lengths some programs end late: 1 % at head dim 256 and 4k causal tokens, 2 % at
+# 192 and in dq at 256, level elsewhere. H200, bf16, 2026-11-29
+DRAW_AHEAD = 2
+WIDTHS_IN_TWO_PARTS = (80, 96, 144, 160, 192)  # a power of two and 16, 32 or 64 more
 
 
 class HopperForwardConfig(NamedTuple):
@@ -20,7 +25,7 @@ class HopperForwardConfig(NamedTuple):
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
     heads_together: int  # heads whose tiles are drawn in turn
-    draw_ahead: int = 2  # blocks of keys that a tile still has to load when its program draws the next one; see below
+    draw_ahead: int = DRAW_AHEAD
 
 
 class HopperDqConfig(NamedTuple):
@@ -32,7 +37,7 @@ class HopperDqConfig(NamedTuple):
     q_stages: int  # query tiles in flight, and of dout
     registers: int
     heads_together: int
-    draw_ahead: int = 2
+    draw_ahead: int = DRAW_AHEAD
 
 
 class HopperDkdvConfig(NamedTuple):
@@ -69,10 +74,8 @@ def head_dim_pad(headdim: int) -> int:
 
 
 def product_width(headdim: int) -> int:
-    """The columns of a padded tile that products compute: all of them, or half of them and 16, 32 or 64 more."""
-    pad = head_dim_pad(headdim)
-    parts = (pad // 2 + rest for rest in (16, 32, 64) if rest < pad // 2)
-    return next((width for width in parts if headdim <= width), pad) if headdim > 64 else pad
+    """The columns of a padded tile that products compute."""
+    return min(width for width in (*WIDTHS_IN_TWO_PARTS, head_dim_pad(headdim)) if width >= headdim)
 
 
 def even_share(heads_together: int, heads: int) -> int:
@@ -207,8 +210,6 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240, 1),
     256: HopperForwardConfig(2, 64, 2, False, False, 240, 1),
 }
-# Two blocks hide the draw. Drawn at a tile's first block, where tiles are few and of many lengths some programs end late: 1 %
-# at head dim 256 and 4k causal tokens, 2 % at 192 and in dq at 256, level elsewhere. 2026-11-29
 # tokens up to which tiles of 192 rows waste more, on the diagonal or in the last one, than they gain
 SHORT, SHORT_CAUSAL = 1024, 2048
 # also where a window, a softcap or ALiBi wants more than the 160 registers of three consumers' threads: 3, 12 and 4 % faster;

@@ -218,7 +218,7 @@ def attend_overlapped(
         begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
         span = announced_span(tiles, t_slot, work, PACKED)
         q_index = q_slot * CONSUMERS + CONSUMER
-        q_tile = q_ring.buffers.index(q_index).reshape([WARPGROUP_ROWS, HEAD_DIM_PAD])
+        q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
         mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
         if PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
@@ -282,7 +282,7 @@ def attend_serially(
     t_slot, t_phase, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0
     lowest = gl.full((WARPGROUP_ROWS,), lowest_max(score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
-    q_tile = q_ring.buffers.index(CONSUMER).reshape([WARPGROUP_ROWS, HEAD_DIM_PAD])
+    q_tile = matrix(q_ring, CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
     if PING_PONG and CONSUMER == CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
     mbarrier.wait(tiles.full.index(t_slot), t_phase)

@@ -8,10 +8,7 @@ tests/hopper hold both forms together.
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.score import key_distance, score_forward
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
-from flash_attn.kernels.hopper.columns import (
-    scale_columns,
-    store_columns,
-)
+from flash_attn.kernels.hopper.columns import scale_columns, store_columns
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
     along_rows,
