@@ -169,7 +169,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             p[11],
             num_tiles,
             num_m,
-            even_share(config.heads_together, heads),  # a product with num_m must fit 32 bits
+            even_share(max(1, config.tiles_together // max(1, num_m)), heads),
             *fixed.lengths,
         )
 

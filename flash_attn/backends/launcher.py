@@ -5,6 +5,7 @@ directly with raw pointers, the way that dispatch would: everything it derives f
 alignment, is fixed by the plan that owns the launcher.
 """
 
+import copy
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ class Launcher:
     `build(addresses)` returns the kernel's positional arguments as plain tuples and numbers, where `addresses` holds the
     tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
     NamedTuple of each leading argument, which Triton's dispatch needs and a compiled kernel does not; None for the others.
-    `numbers` follow those arguments; the kernel must not specialise on them.
+    `numbers` follow those arguments; the kernel must not specialise on them. With `early` all launches but the first start
+    while the kernel before ends, for which that kernel's programs and these have to `join_chain`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Launcher:
         kinds: Sequence[Any],
         constants: dict[str, Any],
         options: dict[str, Any],
+        early: bool = False,
     ) -> None:
         self.kernel = kernel
         self.num_programs = num_programs
@@ -46,6 +49,7 @@ class Launcher:
         self.constants = constants
         self.constant_values = tuple(constants.values())
         self.options = FUSED | options
+        self.early = early
         self.launch_compiled: Callable[..., None] | None = None
         self.device: torch.device | None = None  # where it was launched last, if its kernels have a current device
 
@@ -95,7 +99,19 @@ class Launcher:
             self.stream = stream
             self.function = compiled.function
             self.metadata = compiled.packed_metadata
-            self.launch_compiled = compiled.run
+            self.launch_compiled = started_early(compiled.run) if self.early else compiled.run
+
+
+def started_early(run: Any) -> Any:
+    """Triton's launcher of a compiled kernel, with programmatic dependent launch where it knows that.
+
+    Compiled in as an option of Triton's, early and other launches of a kernel would be two binaries.
+    """
+    if not hasattr(run, "launch_pdl"):
+        return run
+    run = copy.copy(run)
+    run.launch_pdl = True
+    return run
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:

@@ -25,12 +25,16 @@ from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     APPEND_ROWS,
     MERGE_SPLITS,
+    DecodeConfig,
     block_m,
+    chained,
     decode_config,
+    gathering,
     keys_per_split,
     num_warps,
     prefers_decode,
     split_count,
+    starts_early,
 )
 from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages
 from flash_attn.launch.rotary import power_of_two
@@ -127,6 +131,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
         )
 
     pairs = 0 if cos is None else cos.shape[1]
+    early = chained(portable.hardware_of(operands.q.device))
     constants = {
         "HEAD_DIM": headdim,
         "HEAD_DIM_PAD": head_dim_pad(headdim),
@@ -140,7 +145,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     if cos is not None:
         blocks += math.ceil(seqlen_q * nheads / APPEND_ROWS)
     kinds = (*[arguments.Tensor] * 6, None, None, arguments.Rotary)
-    return Launcher(kv_append_kernel, batch_size * blocks, build, kinds, constants, {"num_warps": 4})
+    return Launcher(kv_append_kernel, batch_size * blocks, build, kinds, constants, {"num_warps": 4}, early)
 
 
 def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode | None:
@@ -164,23 +169,25 @@ def group_size(operands: Operands) -> int:
 def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode:
     """The launches for tensors like these; `num_splits` 0 leaves the choice."""
     hardware = portable.hardware_of(operands.q.device)
-    config = decode_config(problem, hardware)
     per_split = keys_per_split()
     packed_rows = operands.max_seqlen_q * group_size(operands)
     num_tiles = (
         math.ceil(packed_rows / block_m(packed_rows)) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
     )
-    num_keys = visible_keys(operands)
+    config = decode_config(problem, num_tiles, operands.block_table is not None, hardware)
+    *_, whole = page_numbers(operands, config.block_n)
+    gathered = operands.block_table is not None and whole is None
+    num_blocks = math.ceil(visible_keys(operands) / config.block_n)
     fixed_blocks = None
     if per_split is not None:
         fixed_blocks = math.ceil(per_split / config.block_n)
         num_splits = math.ceil(operands.max_seqlen_k / (fixed_blocks * config.block_n))
     elif num_splits == 0:
-        *_, whole = page_numbers(operands, config.block_n)
-        gathered = operands.block_table is not None and whole is None
-        num_splits = split_count(num_tiles, math.ceil(num_keys / config.block_n), gathered, hardware, config)
+        num_splits = split_count(num_tiles, num_blocks, gathered, hardware, config)
     num_splits = max(1, num_splits)
-    return bind_decode(problem, operands, hardware, num_tiles, num_splits, fixed_blocks)
+    if gathered:
+        config = gathering(config, math.ceil(num_blocks / num_splits))
+    return bind_decode(problem, operands, hardware, config, num_tiles, num_splits, fixed_blocks)
 
 
 def visible_keys(operands: Operands) -> int:
@@ -195,6 +202,7 @@ def bind_decode(
     problem: AttentionProblem,
     operands: Operands,
     hardware: Hardware,
+    config: DecodeConfig,
     num_tiles: int,
     num_splits: int,
     fixed_blocks: int | None,
@@ -204,7 +212,6 @@ def bind_decode(
     from flash_attn.kernels.portable.decode import attn_decode_split_kernel
 
     q = operands.q
-    config = decode_config(problem, hardware)
     group = group_size(operands)
     _, scale, softcap, forward_score, _, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
     q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))
@@ -246,9 +253,10 @@ def bind_decode(
         "STAGES": num_stages,
     }
     kinds = (*[arguments.Tensor] * 4, *[None] * 6, arguments.Score)
-    options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
     num_programs = num_tiles * num_splits if q.numel() else 0
-    split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options)
+    options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
+    early = starts_early(num_programs, hardware)
+    split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options, early)
     return Decode(split, statistic_like(q), bind_merge(operands, num_splits) if parts else None)
 
 
@@ -271,10 +279,11 @@ def bind_merge(operands: Operands, num_splits: int) -> Merge:
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return p[0], p[1], (p[2], *out_strides), p[3], p[4], p[5], seqlen_q, total_q, nheads, num_splits
 
+    early = chained(portable.hardware_of(q.device))
     constants = {"HEAD_DIM": headdim, "HEAD_DIM_PAD": head_dim_pad(headdim), "BLOCK_SPLITS": MERGE_SPLITS}
     kinds = (None, None, arguments.Tensor, None)
     num_programs = batch_size * seqlen_q * nheads
-    launch = Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4})
+    launch = Launcher(attn_decode_merge_kernel, num_programs, build, kinds, constants, {"num_warps": 4}, early)
     parts = (batch_size, seqlen_q, nheads, num_splits)
     return Merge(launch, template((*parts, headdim), q.device), template(parts, q.device))
 

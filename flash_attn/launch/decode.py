@@ -25,11 +25,25 @@ class DecodeConfig(NamedTuple):
     num_warps: int
     num_stages: int  # key/value tiles in flight; see `pipeline_stages`
     programs_per_sm: int  # that run at the same time: what the number of splits aims to fill
+    gather_stages: int | None = (
+        None  # in place of num_stages for SHORT_GATHER blocks at most, gathered from several pages
+    )
 
 
-def decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
-    """The configuration for one problem, the same for pages of any size, so that they change no bit of a result."""
-    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, hardware)
+def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardware: Hardware) -> DecodeConfig:
+    """The configuration for `num_tiles` tiles of queries.
+
+    Paged or not, it has the same blocks and warps, so that pages change no bit of a result; where batch invariance was asked
+    for, whatever the number of tiles.
+    """
+    crowded = keys_per_split() is None and num_tiles > FEW_PER_SM * hardware.num_sms
+    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, crowded, paged, hardware)
+
+
+def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
+    """The configuration of programs that gather that many blocks from pages smaller than a block."""
+    few = config.gather_stages is not None and num_blocks <= SHORT_GATHER
+    return config._replace(num_stages=config.gather_stages) if few else config
 
 
 def block_m(packed_rows: int) -> int:
@@ -38,8 +52,10 @@ def block_m(packed_rows: int) -> int:
 
 
 def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
-    """Warps of a program: twice as many where the accumulator of a full tile would fill the registers of the usual ones."""
-    return max(config.num_warps, 8) if rows * head_dim_pad(headdim) >= WIDE_TILE else config.num_warps
+    """Warps of a program: more where a tile of many rows would fill the registers of the usual ones."""
+    if rows * head_dim_pad(headdim) >= WIDE_TILE:
+        return max(config.num_warps, 8)
+    return max(config.num_warps, 4) if rows > 16 else config.num_warps
 
 
 def few_queries(problem: AttentionProblem) -> bool:
@@ -50,6 +66,17 @@ def few_queries(problem: AttentionProblem) -> bool:
     packed_rows = problem.seqlen_q * (problem.nheads // max(1, problem.nheads_k))
     many = max(MANY_KEYS, KEYS_PER_QUERY * problem.seqlen_q)
     return 0 < packed_rows <= MAX_PACKED_ROWS and problem.seqlen_k >= many and not problem.dropout
+
+
+def chained(hardware: Hardware) -> bool:
+    """Whether kernels that follow each other may start early, see `kernels.portable.chain`."""
+    return hardware.kind == "cuda" and int(hardware.arch.removeprefix("sm_")) >= 90
+
+
+def starts_early(num_programs: int, hardware: Hardware) -> bool:
+    """Whether the decode kernel may do so. So few programs that each gets a multiprocessor of its own may not: beside a kernel
+    that ends, two of them may get the same (20 % slower, H200, 2026-11-30)."""
+    return chained(hardware) and num_programs > hardware.num_sms
 
 
 MANY_KEYS = 256  # with fewer the forward kernel ends before a second launch could begin
@@ -100,15 +127,17 @@ GATHERED_ALONE = 1.2
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
+def _choose(dtype: str, headdim: int, crowded: bool, paged: bool, hardware: Hardware) -> DecodeConfig:
     if hardware.kind == "cpu":
         return INTERPRETER
     if dtype == "float32":
         table = FP32
     elif hardware.kind == "hip":
         table = RDNA if hardware.arch.startswith("gfx1") else CDNA
+    elif hardware.arch in ("sm_90", "sm_100"):
+        table = (HOPPER_MANY_PAGED if paged else HOPPER_MANY) if crowded and headdim % 16 == 0 else HOPPER
     else:
-        table = HOPPER if hardware.arch in ("sm_90", "sm_100") else NVIDIA
+        table = NVIDIA
     config = table[head_dim_pad(headdim)]
     # rows whose alignment the compiler cannot know are loaded element by element, through registers
     return config if headdim % 16 == 0 else config._replace(block_n=min(config.block_n, 32), num_warps=8)
@@ -116,15 +145,23 @@ def _choose(dtype: str, headdim: int, hardware: Hardware) -> DecodeConfig:
 
 INTERPRETER = DecodeConfig(16, 4, 1, 1)
 
-# H200, bf16, 2026-11-22, benchmarks/tune_decode.py: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two programs
-# of 104 KB hold 192 KB, and as no third one fits beside them, `split_count` knows how many run at the same time
+# H200, bf16, 2026-11-22 and 30, benchmarks/tune_decode.py: 4.3 TB/s at 1 us latency need 33 KB in flight on every SM; two
+# programs of 104 KB hold 192 KB, and as no third one fits beside them, `split_count` knows how many run at the same time
 HOPPER = {
     16: DecodeConfig(128, 4, 4, 4),
     32: DecodeConfig(128, 4, 4, 4),
-    64: DecodeConfig(128, 4, 4, 2),
-    128: DecodeConfig(64, 4, 4, 2),
-    256: DecodeConfig(32, 4, 4, 2),
+    64: DecodeConfig(128, 4, 4, 2, 3),
+    128: DecodeConfig(64, 4, 4, 2, 3),
+    256: DecodeConfig(32, 4, 4, 2, 3),
 }
+FEW_PER_SM = 2
+# More tiles than those have room for would run in waves that begin and end together. Programs so small that all fit at once
+# read at full speed throughout: 384 tiles of 8k keys 12 % faster, 1024 at head dim 64 3 %, over pages 2 to 20 %.
+HOPPER_MANY = HOPPER | {64: DecodeConfig(64, 2, 2, 8), 128: DecodeConfig(64, 2, 2, 4), 256: DecodeConfig(32, 2, 2, 4)}
+HOPPER_MANY_PAGED = HOPPER_MANY | {64: DecodeConfig(64, 2, 4, 4)}
+# Of gathered keys the page's number travels first: a loop begins sooner with fewer blocks in flight (2 to 7 % for 16 to 128
+# blocks), and is 2 % slower when it runs long.
+SHORT_GATHER = 128
 # unmeasured hardware: chosen to fit the smallest shared memory of the family
 NVIDIA = {
     16: DecodeConfig(64, 4, 3, 4),

@@ -12,6 +12,10 @@ CONSUMER_ROWS = 64  # query rows of one consumer, a warpgroup
 # first block, where tiles are few and of many lengths some programs end late: 1 % at head dim 256 and 4k causal tokens, 2 % at
 # 192 and in dq at 256, level elsewhere. H200, bf16, 2026-11-29
 DRAW_AHEAD = 2
+PROGRAMS = 132  # that run at the same time
+# Causal tiles of whole heads drawn in turn: two for each program, less those that would begin a third, so that a turn ends
+# evenly. From 512 to 4k tokens 2 to 6 % faster than the heads whose keys and values fit the L2 cache, level at 16k. 2026-11-30
+TILES_TOGETHER = 2 * PROGRAMS
 WIDTHS_IN_TWO_PARTS = (80, 96, 144, 160, 192)  # a power of two and 16, 32 or 64 more
 
 
@@ -24,7 +28,7 @@ class HopperForwardConfig(NamedTuple):
     overlap: bool  # run the end of a tile beside the start of the next; needs a second Q and a buffer for out
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
-    heads_together: int  # heads whose tiles are drawn in turn
+    tiles_together: int = TILES_TOGETHER
     draw_ahead: int = DRAW_AHEAD
 
 
@@ -92,15 +96,22 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    config = FORWARD[pad]
-    if pad == 64:
-        short = problem.seqlen_q <= SHORT_CAUSAL if problem.causal else max(problem.seqlen_q, problem.seqlen_k) <= SHORT
-        if short or problem.window[0] is not None or problem.softcap or problem.alibi:
-            config = TWO_CONSUMERS
-    if not problem.causal:
-        return config
-    bytes_kv = 4 * problem.seqlen_k * pad * problem.nheads_k // max(1, problem.nheads)  # of one query head
-    return config._replace(heads_together=max(FORWARD_HEADS_TOGETHER, FORWARD_L2_SHARE // max(1, bytes_kv)))
+    config = _tile_of_64(problem) if pad == 64 else FORWARD[pad]
+    return config if problem.causal else config._replace(tiles_together=1)
+
+
+def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
+    """The configuration for head dims up to 64: large tiles read keys less often, but waste rows on the diagonal and behind the
+    last one; many warps hide what each waits for, but leave few registers to each."""
+    causal = problem.causal
+    longest = problem.seqlen_q if causal else max(problem.seqlen_q, problem.seqlen_k)
+    if problem.window[0] is not None or (problem.alibi and (causal or problem.softcap)):
+        return TWO_CONSUMERS
+    if longest <= (SHORT_CAUSAL if causal else SHORT):
+        return TWO_CONSUMERS
+    if problem.softcap or longest <= (MEDIUM_CAUSAL if causal else MEDIUM):
+        return FOUR_CONSUMERS
+    return FORWARD[64]
 
 
 def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
@@ -170,7 +181,6 @@ HEADS_TOGETHER = {64: 32, 128: 32, 256: 16}
 # causal tokens, level at 2k. H200, bf16, 16k tokens, hidden 2048, 2026-11-22.
 HEADS_IN_ORDER, FEWEST_IN_ORDER = 32, 4
 ORDERED_L2_SHARE = 2**25
-PROGRAMS = 132  # that run at the same time
 STEPS, CAUSAL_STEPS = 1.5, 4.0  # of a tile's loop for each program in the queue
 
 # (as a rule, where as many of softcap and ALiBi as in CROWDED leave fewer registers), each dq, then dkdv, or dk and dv; chosen
@@ -206,15 +216,15 @@ ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64
 
 # H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {
-    64: HopperForwardConfig(3, 128, 2, True, True, 160, 1),
-    128: HopperForwardConfig(2, 128, 2, True, True, 240, 1),
-    256: HopperForwardConfig(2, 64, 2, False, False, 240, 1),
+    64: HopperForwardConfig(3, 128, 2, True, True, 160),
+    128: HopperForwardConfig(2, 128, 2, True, True, 240),
+    256: HopperForwardConfig(2, 64, 2, False, False, 240),
 }
-# tokens up to which tiles of 192 rows waste more, on the diagonal or in the last one, than they gain
-SHORT, SHORT_CAUSAL = 1024, 2048
-# also where a window, a softcap or ALiBi wants more than the 160 registers of three consumers' threads: 3, 12 and 4 % faster;
-# a third stage is worth 8 % at 1k tokens, 1.5 % at 2k causal ones, and 3 % with a window. 2026-11-23
-TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240, 1)
-# of causal tiles: keys and values drawn in turn that still hit the L2 cache, and heads that make up for the tail of long
-# tiles; at 1k tokens 4 to 9 % faster than 8 heads, at 4k 1 to 4 %
-FORWARD_L2_SHARE, FORWARD_HEADS_TOGETHER = 2**25, 16
+# Where tiles of 192 rows waste more than they gain, or a window, a softcap or ALiBi wants more than the 160 registers of three
+# consumers' threads. A third stage is worth 8 % at 1k tokens, 1.5 % at 2k causal ones, and 3 % with a window. 2026-11-23
+TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240)
+# Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 1 % over two consumers
+# at 1k tokens, 3 % at 4k causal ones; 4 to 10 % with a softcap, which waits for two exponentials a score. 2026-11-30
+FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112)
+# tokens up to which two consumers, and then four, are the fastest
+SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL = 512, 1024, 2048, 4096

@@ -48,6 +48,7 @@ class Variant:
     def __str__(self) -> str:
         words = [self.arch, f"d{self.headdim}", self.dtype, f"q{self.seqlen_q}", f"h{self.nheads}.{self.nheads_k}"]
         words += [f"page{self.page}"] * bool(self.page) + ["idx"] * self.batch_idx + ["leftpad"] * self.leftpad
+        words += [f"b{self.batch_size}"] * (self.batch_size != BATCH_SIZE)
         words += ["new"] * self.new + [self.rotary] * bool(self.rotary)
         return "-".join([*words, *["scores"] * self.scores, *["sinks"] * self.sinks])
 
@@ -117,6 +118,7 @@ def shapes(arch: str) -> list[Variant]:
 VARIANTS = [
     *(v for arch in ("sm_90", "sm_80", "gfx942") for v in (*features(arch), *shapes(arch))),
     *(Variant("sm_90", d, seqlen_q=16, page=p) for d in (64, 256) for p in (0, 16)),
+    *(Variant("sm_90", d, seqlen_q=n, page=p, batch_size=64) for d in (64, 128, 256) for n in (1, 8, 16) for p in (0, 16)),
     Variant("sm_90", 128, nheads_k=32),
     Variant("sm_90", 256, page=16),
     Variant("sm_90", 40, new=True, rotary="halves"),

@@ -19,8 +19,12 @@ from flash_attn.backends import hopper  # noqa: E402
 from flash_attn.backends.base import Operands  # noqa: E402
 from flash_attn.launch.hopper import (  # noqa: E402
     FORWARD,
+    FOUR_CONSUMERS,
+    MEDIUM,
+    MEDIUM_CAUSAL,
     SHORT,
     SHORT_CAUSAL,
+    TILES_TOGETHER,
     TWO_CONSUMERS,
     head_dim_pad,
     hopper_forward_config,
@@ -36,6 +40,7 @@ pytestmark = [
 
 ARCHITECTURE = ARCHITECTURES["sm_90"]
 NHEADS = 8
+LONG = 2 * MEDIUM_CAUSAL
 
 # What a call asks for besides the mask; each entry is a set of features that compile together.
 FEATURES = {
@@ -61,17 +66,17 @@ class Variant:
     causal: bool
     feature: str = "plain"  # of FEATURES
     dtype: str = "bfloat16"
-    seqlen: int = 2 * SHORT_CAUSAL
+    seqlen: int = LONG
 
     def __str__(self) -> str:
-        mask, short = "causal" if self.causal else "full", "short" if self.seqlen <= SHORT_CAUSAL else ""
-        return "-".join(filter(None, (f"d{self.headdim}", self.dtype, mask, self.feature, short)))
+        mask, length = "causal" if self.causal else "full", "" if self.seqlen == LONG else str(self.seqlen)
+        return "-".join(filter(None, (f"d{self.headdim}", self.dtype, mask, self.feature, length)))
 
 
 def variants() -> list[Variant]:
     """Every row of the launch tables as it is; then every feature, in turn over the rows and the dtypes."""
-    rows = [(headdim, causal, 2 * SHORT_CAUSAL) for headdim in FORWARD for causal in (False, True)]
-    rows += [(64, True, SHORT_CAUSAL), (64, False, SHORT)]
+    rows = [(headdim, causal, LONG) for headdim in FORWARD for causal in (False, True)]
+    rows += [(64, True, SHORT_CAUSAL), (64, True, MEDIUM_CAUSAL), (64, False, SHORT), (64, False, MEDIUM)]
     plain = [Variant(headdim, causal, seqlen=seqlen) for headdim, causal, seqlen in rows]
     turns, dtypes = cycle(rows), cycle(("float16", "bfloat16"))
     features = [name for name in FEATURES if name != "plain"]
@@ -150,9 +155,11 @@ def test_variant(variant, tmp_path):
 
 def test_the_variants_cover_the_tables_and_the_features():
     """Every configuration, feature and dtype."""
-    chosen = {hopper_forward_config(operands_of(variant)[0])._replace(heads_together=1) for variant in variants()}
-    configs = {*FORWARD.values(), TWO_CONSUMERS}
-    assert chosen == {config._replace(heads_together=1) for config in configs}
+    chosen = {
+        hopper_forward_config(operands_of(variant)[0])._replace(tiles_together=TILES_TOGETHER) for variant in variants()
+    }
+    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS}
+    assert chosen == {config._replace(tiles_together=TILES_TOGETHER) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}
 

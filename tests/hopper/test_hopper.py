@@ -146,7 +146,8 @@ def test_more_and_fewer_tiles_than_processors(tiles, headdim, device, seed):
 def test_heads_drawn_together(nheads, nheads_k, batch_size, causal, device, seed):
     """Numbers of heads that five divides, and others; several query blocks of each."""
     lengths = (700,) * batch_size
-    with launch.pinned(hopper_forward=FORWARD[64]._replace(heads_together=5)):
+    blocks = math.ceil(700 / (FORWARD[64].consumers * CONSUMER_ROWS))
+    with launch.pinned(hopper_forward=FORWARD[64]._replace(tiles_together=5 * blocks)):
         check(Case("heads", BF16, 64, nheads, nheads_k, lengths, lengths, causal=causal), device, seed)
 
 

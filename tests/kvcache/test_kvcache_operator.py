@@ -173,3 +173,34 @@ def test_nothing_synchronises(device, seed):
         flash_attn_with_kvcache(**inputs.arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", calls.places("gpu"), indirect=True)
+@pytest.mark.parametrize("batch_size", [2, 40])
+def test_kernels_that_start_early_wait_for_the_one_before(batch_size, device, seed):
+    """Steps in close succession: each reads what a kernel right before it wrote, into operands and parts that the step before
+    still uses. `batch_size` 40 decodes without splits, 2 with them."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=BF16)
+
+    caches = [normal(batch_size, 2048, 8, 128) for _ in range(2)]
+    steps = [(normal(batch_size, 1, 32, 128), normal(batch_size, 1, 8, 128), 16 * step) for step in range(40)]
+
+    def run(wait):
+        k_cache, v_cache = (cache.clone() for cache in caches)
+        q, k, seqlens = torch.empty_like(steps[0][0]), torch.empty_like(steps[0][1]), calls.int32([0], device)
+        results = []
+        for q_new, k_new, length in steps:
+            for target, value in ((q, q_new), (k, k_new)):
+                target.copy_(value)
+            lengths = seqlens.fill_(length).expand(batch_size).contiguous()
+            k_cache.mul_(0.99)
+            results.append(flash_attn_with_kvcache(q, k_cache, v_cache, k, k, cache_seqlens=lengths, causal=True))
+            if wait:
+                torch.cuda.synchronize(device)
+        return [*results, k_cache, v_cache]
+
+    calls.assert_equal(run(wait=False), run(wait=True))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flash_attn_2_cuda
-from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flash_attn import flash_attn_func, flash_attn_with_kvcache, reference
 from flash_attn.errors import InvalidArgument
 from flash_attn.kvcache.kv_attention import batch_invariant
 from tests.support import calls
@@ -192,3 +192,33 @@ def test_the_same_bits_every_time(device, seed):
     first = flash_attn_with_kvcache(**inputs.arguments)
     for _ in range(50):
         calls.assert_equal(flash_attn_with_kvcache(**inputs.arguments), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", calls.places("gpu"), indirect=True)
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("nheads, seqlen_q", [(8, 1), (32, 1), (32, 9)])
+def test_pages_change_no_bit_of_many_tiles(nheads, seqlen_q, headdim, device, seed):
+    """A batch that fills the GPU, of 1 to 768 tokens, in rows, short pages and long ones; one sequence against the reference."""
+    batch_size, room = 70, 768
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=FP16)
+
+    q, caches = normal(batch_size, seqlen_q, nheads, headdim), [normal(batch_size, room, 8, headdim) for _ in range(2)]
+    seqlens = torch.randint(1, room + 1, (batch_size,), generator=generator, device=device, dtype=torch.int32)
+    for cache in caches:  # what lies behind a sequence must not be seen
+        cache[torch.arange(room, device=device) >= seqlens[:, None]] = float("nan")
+    words = dict(cache_seqlens=seqlens, causal=True, return_softmax_lse=True)
+    rows = flash_attn_with_kvcache(q, *caches, **words)
+    for page in (16, 24, 256):
+        order = torch.randperm(batch_size * room // page, generator=generator, device=device)
+        pages = [torch.empty_like(cache.view(-1, page, 8, headdim)) for cache in caches]
+        for shuffled, cache in zip(pages, caches, strict=True):
+            shuffled[order] = cache.view_as(shuffled)
+        table = order.int().view(batch_size, -1)
+        calls.assert_equal(flash_attn_with_kvcache(q, *pages, **words, block_table=table), rows)
+    alone = [cache[-1:, : seqlens[-1]].double() for cache in caches]
+    wanted, _ = reference.attention(q[-1:].double(), *alone, softmax_scale=headdim**-0.5, window=(None, 0))
+    calls.assert_near(rows[0][-1:], wanted.half())

@@ -7,9 +7,11 @@ from flash_attn import launch
 from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     MAX_SPLITS,
+    SHORT_GATHER,
     DecodeConfig,
     block_m,
     decode_config,
+    gathering,
     keys_per_split,
     prefers_decode,
     split_count,
@@ -69,9 +71,27 @@ def test_the_forward_kernel_takes_long_chunks():
 def test_every_problem_has_a_configuration(arch, dtype, headdim):
     kind = "hip" if arch.startswith("gfx") else "cuda"
     problem = AttentionProblem("cache", dtype, 4, 1, 4096, 32, 8, headdim)
-    config = decode_config(problem, Hardware(kind, arch, 100, 64 * 1024))
-    assert config.block_n in (16, 32, 64, 128) and config.num_warps in (2, 4, 8)
-    assert decode_config(problem._replace(batch_size=256), Hardware(kind, arch, 100, 64 * 1024)) == config
+    for num_tiles in (1, 10_000):
+        plain, paged = (
+            decode_config(problem, num_tiles, pages, Hardware(kind, arch, 100, 64 * 1024)) for pages in (False, True)
+        )
+        assert plain.block_n in (16, 32, 64, 128) and plain.num_warps in (2, 4, 8)
+        assert plain[:2] == paged[:2] == gathering(paged, 1)[:2], "pages would change bits of a result"
+
+
+def test_short_loops_over_gathered_keys_have_fewer_stages():
+    assert gathering(CONFIG, 1) == CONFIG
+    config = CONFIG._replace(gather_stages=2)
+    assert gathering(config, SHORT_GATHER).num_stages == 2 and gathering(config, SHORT_GATHER + 1) == config
+
+
+def test_many_tiles_run_in_small_programs():
+    """Together on the GPU rather than in waves; but for batch invariance, which no batch may change."""
+    problem = AttentionProblem("cache", "bfloat16", 4, 1, 4096, 32, 8, 128)
+    few, many = (decode_config(problem, tiles, False, H200) for tiles in (2 * H200.num_sms, 2 * H200.num_sms + 1))
+    assert few.programs_per_sm == 2 < many.programs_per_sm and few.num_warps > many.num_warps
+    with launch.pinned(keys_per_split=256):
+        assert decode_config(problem, 10_000, False, H200) == few
 
 
 def test_a_lone_program_that_gathers_keys_is_split():
@@ -83,8 +103,8 @@ def test_pins():
     pinned = DecodeConfig(32, 2, 2, 1)
     problem = AttentionProblem("cache", "float16", 4, 1, 4096, 32, 8, 64)
     with launch.pinned(decode=pinned, keys_per_split=256):
-        assert decode_config(problem, H200) is pinned and keys_per_split() == 256
-    assert decode_config(problem, H200) != pinned and keys_per_split() is None
+        assert decode_config(problem, 8, False, H200) is pinned and keys_per_split() == 256
+    assert decode_config(problem, 8, False, H200) != pinned and keys_per_split() is None
 
 
 def test_pages_take_a_load_more():

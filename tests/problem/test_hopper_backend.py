@@ -17,10 +17,15 @@ from flash_attn.launch.hopper import (
     CONSUMER_ROWS,
     FEWEST_IN_ORDER,
     FORWARD,
+    FOUR_CONSUMERS,
     HEADS_IN_ORDER,
+    MEDIUM,
+    MEDIUM_CAUSAL,
+    PROGRAMS,
     SHORT,
     SHORT_CAUSAL,
     SHORT_TWO_PASS,
+    TILES_TOGETHER,
     TWO_CONSUMERS,
     HopperOnePassConfig,
     HopperTwoPassConfig,
@@ -240,12 +245,12 @@ def test_strides_of_single_elements_do_not_matter():
     assert not describe(odd, none, none, 0.0, 1.0, False, -1, -1, 0.0)[0].aligned, "a map has no empty side"
 
 
-def one_head(config):
+def in_turns(config):
     """A configuration but for the order of its tiles."""
-    return config._replace(heads_together=1)
+    return config._replace(tiles_together=TILES_TOGETHER)
 
 
-CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS)}
+CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS), (64, FOUR_CONSUMERS)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -274,7 +279,7 @@ def shared_bytes(pad, config):
 def test_shared_memory_fits(pad, config):
     assert shared_bytes(pad, config) <= HOPPER.shared_memory == 227 * 1024
     assert config.block_n % 16 == 0 and config.block_n & (config.block_n - 1) == 0
-    assert config.consumers in (2, 3), "the kernel has partitions for two or three"
+    assert config.consumers in (2, 3, 4), "the kernel has partitions for so many"
     assert not config.ping_pong or config.consumers * 128 >= 256, "a turn has two warpgroups"
 
 
@@ -284,52 +289,65 @@ def test_every_problem_has_a_configuration():
         assert pad in FORWARD and headdim <= pad and (pad == 64 or pad < 2 * headdim)
         for window in ((None, None), (None, 0), (9, 9)):
             config = hopper_forward_config(problem(headdim=headdim, window=window))
-            assert (pad, one_head(config)) in CONFIGS
-    causal = problem(headdim=64, window=(None, 0), seqlen_q=SHORT_CAUSAL, seqlen_k=SHORT_CAUSAL)
-    long, full = causal._replace(seqlen_k=2 * SHORT_CAUSAL), causal._replace(window=(None, None))
-    for given, wanted in (
-        (causal, TWO_CONSUMERS),
-        (long, TWO_CONSUMERS),
-        (long._replace(seqlen_q=2 * SHORT_CAUSAL), FORWARD[64]),
-        (long._replace(seqlen_q=2 * SHORT_CAUSAL, window=(100, 0)), TWO_CONSUMERS),
-        (full, FORWARD[64]),
-        (full._replace(softcap=True), TWO_CONSUMERS),
-        (full._replace(alibi=True), TWO_CONSUMERS),
-        (full._replace(seqlen_q=SHORT, seqlen_k=SHORT), TWO_CONSUMERS),
-        (full._replace(seqlen_q=SHORT, seqlen_k=2 * SHORT), FORWARD[64]),
-    ):
-        assert one_head(hopper_forward_config(given)) == wanted
+            assert (pad, in_turns(config)) in CONFIGS
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_heads_of_causal_tiles_share_the_cache(direction):
-    """The fewer, the more their keys, or queries, take; heads of a group share them. All heads of others run in turn."""
-    config_of = {"forward": hopper_forward_config, "backward": hopper_backward_config}[direction]
+def square(length, causal, **words):
+    """A problem of as many keys as queries at head dim 64."""
+    words.setdefault("window", (None, 0 if causal else None))
+    return problem(headdim=64, seqlen_q=length, seqlen_k=length, **words)
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        (square(SHORT_CAUSAL, True), TWO_CONSUMERS),
+        (square(SHORT_CAUSAL, True)._replace(seqlen_k=4 * MEDIUM_CAUSAL), TWO_CONSUMERS),
+        (square(MEDIUM_CAUSAL, True), FOUR_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True), FORWARD[64]),
+        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0)), TWO_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True, softcap=True), FOUR_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True, alibi=True), TWO_CONSUMERS),
+        (square(SHORT, False), TWO_CONSUMERS),
+        (square(SHORT, False)._replace(seqlen_k=MEDIUM), FOUR_CONSUMERS),
+        (square(2 * MEDIUM, False), FORWARD[64]),
+        (square(2 * MEDIUM, False, window=(100, None)), TWO_CONSUMERS),
+        (square(2 * MEDIUM, False, softcap=True), FOUR_CONSUMERS),
+        (square(2 * MEDIUM, False, alibi=True), FORWARD[64]),
+        (square(2 * MEDIUM, False, alibi=True, softcap=True), TWO_CONSUMERS),
+    ],
+)
+def test_consumers_at_head_dim_64(given, wanted):
+    assert in_turns(hopper_forward_config(given)) == wanted
+
+
+def test_heads_of_causal_tiles_of_a_backward_share_the_cache():
+    """The fewer, the more their queries take; heads of a group share keys. All heads of others run in turn."""
 
     def heads(**words):
-        return config_of(problem(**{"nheads": 4, "nheads_k": 4, "headdim": 64, **words})).heads_together
+        return hopper_backward_config(problem(**{"nheads": 4, "nheads_k": 4, "headdim": 64, **words})).heads_together
 
     lengths = [{"seqlen_q": n, "seqlen_k": n, "window": (None, 0)} for n in (512, 2048, 8192, 2**20)]
     counts = [heads(**each) for each in lengths]
     assert counts == sorted(counts, reverse=True) and counts[0] > 2 * counts[-1] >= 32
-    grouped = heads(**{"nheads_k": 2, **lengths[0]})
-    assert grouped == (counts[0] * 2 if direction == "forward" else counts[0] // 2)
+    assert heads(**{"nheads_k": 2, **lengths[0]}) == counts[0] // 2
     assert heads(window=(None, None)) == 1
 
 
 @needs_gluon
-def test_no_more_heads_are_drawn_together_than_there_are(monkeypatch):
-    """One key, shared by all heads, takes so little of the cache that the product with the blocks would pass 32 bits."""
+@pytest.mark.parametrize("length", [1, 128, 512, 1024, 4096, 2**18])
+@pytest.mark.parametrize("causal", [False, True])
+def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monkeypatch):
+    """Heads in turn have two tiles for each program, or as many fewer as whole heads and even turns want."""
     monkeypatch.setattr(hopper.devices, "of", lambda device: HOPPER)
-    q = torch.empty(1, 2**18, 32, 128, dtype=BF16, device="meta")
-    k = torch.empty(1, 1, 1, 128, dtype=BF16, device="meta")
-    given, *_ = describe(q, k, k, 0.0, 1.0, True, -1, -1, 0.0)
-    config = hopper_forward_config(given)
-    assert config.heads_together * q.shape[1] // (config.consumers * CONSUMER_ROWS) > 2**31
-    operands = Operands(q, k, k, 1.0, 2**18, 1, given.window, memo={})
-    launcher = hopper.bind_forward(given, operands, q, torch.empty(1, 32, 2**18, device="meta"))
+    q = torch.empty(2, length, 480, 128, dtype=BF16, device="meta")
+    given, *_ = describe(q, q, q, 0.0, 1.0, causal, -1, -1, 0.0)
+    operands = Operands(q, q, q, 1.0, length, length, given.window, memo={})
+    launcher = hopper.bind_forward(given, operands, q, torch.empty(2, 480, length, device="meta"))
     num_tiles, num_m, heads_together = launcher.build([0] * 13)[8:11]
-    assert (num_tiles, num_m, heads_together) == (32 * 2048, 2048, 32)
+    assert num_tiles == 960 * num_m
+    assert heads_together == (max(1, even_share(2 * PROGRAMS // num_m, 960)) if causal and num_m <= 2 * PROGRAMS else 1)
+    assert heads_together * num_m <= max(2 * PROGRAMS, num_m)
 
 
 def test_turns_of_heads_are_even():
@@ -395,7 +413,7 @@ def test_a_pinned_configuration():
     pinned = FORWARD[128]._replace(ping_pong=False)
     with launch.pinned(hopper_forward=pinned):
         assert hopper_forward_config(problem()) is pinned
-    assert hopper_forward_config(problem()) is FORWARD[128]
+    assert in_turns(hopper_forward_config(problem())) == FORWARD[128]
 
 
 @pytest.fixture

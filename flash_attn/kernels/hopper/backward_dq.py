@@ -56,14 +56,12 @@ from flash_attn.kernels.hopper.schedule import (
     allocate_tiles,
     announce_next,
     announced_span,
+    announced_tile,
     clear_counter,
     draw,
     first_tile,
     full_key_blocks,
-    tile_at,
-    tile_blocks,
     tile_field,
-    tile_span,
 )
 
 
@@ -76,13 +74,10 @@ def load_partition(
     """Draws tiles and keeps the rings full."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
     t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index, t_slot, t_phase = announce_next(
-        tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
-    )
-    while index < work.num_tiles:
-        m_block, head, batch = tile_at(index, work, window)
-        span = tile_span(batch, sequences, work)
-        begin, end = tile_blocks(m_block, span, work, window, BLOCK_M, BLOCK_N)
+    announce_next(tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N)
+    while tile_field(tiles, t_slot, 0) >= 0:
+        m_block, head, batch, begin, end = announced_tile(tiles, t_slot)
+        span = announced_span(tiles, t_slot, work, PACKED)
         head_k = head // work.group
         for n_block in range(begin, end):
             first = n_block * BLOCK_N
@@ -98,9 +93,8 @@ def load_partition(
                     fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             if n_block == gl.maximum(end - 1 - DRAW_AHEAD, begin):
-                index, t_slot, t_phase = announce_next(
-                    tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
-                )
+                t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
+                announce_next(tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N)
     clear_counter(work)
 
 

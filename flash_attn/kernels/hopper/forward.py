@@ -1,6 +1,6 @@
 """Forward for Hopper: out = softmax(score(q k^T)) v and softmax_lse, persistent and warp-specialised.
 
-One warp loads, two or three warpgroups ("consumers") of 64 query rows each attend. A program takes tiles of
+One warp loads, two to four warpgroups ("consumers") of 64 query rows each attend. A program takes tiles of
 CONSUMERS * 64 query rows of one head from a counter in global memory until there are none.
 
     load       copies Q(i), then K(n) and V(n+1) from the last block to the first, into the next tile without a break;
@@ -35,6 +35,7 @@ from flash_attn.kernels.hopper.columns import (
     scale_columns,
     zero_columns,
 )
+from flash_attn.kernels.hopper.forward_load import load_partition
 from flash_attn.kernels.hopper.forward_tiles import finish, score_block, softmax_step, store_tile
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
@@ -43,7 +44,6 @@ from flash_attn.kernels.hopper.pipeline import (
     advance,
     allocate_ring,
     await_turn,
-    fill,
     give_turn,
     gl,
     gluon,
@@ -57,77 +57,12 @@ from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
     Work,
     allocate_tiles,
-    announce_next,
     announced_span,
-    clear_counter,
-    draw,
-    first_tile,
     full_key_blocks,
-    tile_at,
-    tile_blocks,
     tile_field,
-    tile_span,
 )
 
 TURN_THREADS = gl.constexpr(256)
-
-
-@gluon.jit
-def load_queries(
-    q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head,
-    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Copy the rows of every consumer, once its slot is free."""
-    for consumer in gl.static_range(CONSUMERS):
-        first = (m_block * CONSUMERS + consumer) * WARPGROUP_ROWS
-        slot = q_slot * CONSUMERS + consumer
-        fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-    return advance(q_slot, q_phase, Q_STAGES)
-
-
-@gluon.jit
-def load_partition(
-    q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Draws tiles and keeps the rings full: in the order in which consumers read, values one block behind the keys."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    value, value_start, value_length, value_batch, value_head = -1, 0, 0, 0, 0  # the values that come next; -1: none
-    index, t_slot, t_phase = announce_next(
-        tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N
-    )
-    while index < work.num_tiles:
-        m_block, head, batch = tile_at(index, work, window)
-        span = tile_span(batch, sequences, work)
-        begin, end = tile_blocks(m_block, span, work, window, BLOCK_M, BLOCK_N)
-        head_k = head // work.group
-        if Q_STAGES == 2:
-            q_slot, q_phase = load_queries(
-                q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
-            )
-        for n_block in range(end - 1, begin - 1, -1):
-            first = n_block * BLOCK_N
-            fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-            k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-            if value >= 0:
-                fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
-                v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-            value, value_start, value_length = first, span.start_k, span.seqlen_k
-            value_batch, value_head = batch, head_k
-            if Q_STAGES == 1:
-                if n_block == end - 1:  # out of the tile before leaves through the same buffer
-                    q_slot, q_phase = load_queries(
-                        q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
-                    )
-            if n_block == gl.minimum(begin + DRAW_AHEAD, end - 1):
-                index, t_slot, t_phase = announce_next(
-                    tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N
-                )
-    if value >= 0:
-        fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
-    clear_counter(work)
 
 
 @gluon.jit
@@ -377,7 +312,7 @@ def attn_fwd_kernel(
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
+    elif CONSUMERS == 3:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
                       0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
@@ -388,3 +323,16 @@ def attn_fwd_kernel(
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+                      3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
+                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

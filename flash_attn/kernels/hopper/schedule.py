@@ -1,15 +1,15 @@
 """Which tiles a persistent program works on: the loading warp draws their numbers, decodes them and announces them.
 
 A tile is CONSUMERS * 64 query rows of one head, and the loop over it takes key blocks; or, with `by_keys`, CONSUMERS * 64
-keys of one key head, and the loop takes query blocks. Consumers read what was announced from shared memory, so that no
-consumer spends time on divisions or on the sequences' lengths.
+keys of one key head, and the loop takes query blocks. All partitions read what was announced from shared memory, so that
+a tile's divisions and the sequences' lengths cost time once, and no consumer's.
 """
 
 from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_interval
 from flash_attn.kernels.algebra.span import Span, load_span
-from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, advance, allocate_barriers, gl, gluon, mbarrier
+from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
 
 TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
@@ -144,29 +144,23 @@ def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexp
 
 @gluon.jit
 def next_tile(index, sequences, work, window, TILE: gl.constexpr):
-    """The first tile from `index` on that has rows, drawing from the counter; num_tiles or more when there is none."""
+    """(block, head, batch, span) of the first tile from `index` on that has rows, drawing from the counter; block -1 when
+    there is none."""
+    block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
+    span = tile_span(batch, sequences, work)
     if sequences.cu_seqlens_q is not None:
-        empty = index < work.num_tiles
-        while empty:
-            block, _head, batch = tile_at(index, work, window)
+        while (index < work.num_tiles) & (block * TILE >= (span.seqlen_q if work.by_keys is None else span.seqlen_k)):
+            index = draw(work)
+            block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
             span = tile_span(batch, sequences, work)
-            if work.by_keys is not None:
-                empty = block * TILE >= span.seqlen_k
-            else:
-                empty = block * TILE >= span.seqlen_q
-            if empty:
-                index = draw(work)
-                empty = index < work.num_tiles
-    return index
+    return gl.where(index < work.num_tiles, block, -1), head, batch, span
 
 
 @gluon.jit
-def announce(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
-    """Hand a tile to the consumers, decoded; block -1 says that there is none any more."""
-    block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
-    span = tile_span(batch, sequences, work)
+def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
+    """Hand the first tile from `index` on that has rows to all partitions, decoded; block -1: there is none any more."""
+    block, head, batch, span = next_tile(index, sequences, work, window, TILE)
     begin, end = tile_blocks(block, span, work, window, TILE, STEP)
-    block = gl.where(index < work.num_tiles, block, -1)
     mbarrier.wait(tiles.empty.index(slot), phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     values = (block, head, batch, begin, end, span.start_q, span.start_k, span.seqlen_q, span.seqlen_k)
@@ -176,19 +170,17 @@ def announce(tiles, slot, phase, index, sequences, work, window, TILE: gl.conste
 
 
 @gluon.jit
-def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
-    """Announce the first tile from `index` on that has rows; returns (its number, slot, phase of the next one)."""
-    index = next_tile(index, sequences, work, window, TILE)
-    announce(tiles, slot, phase, index, sequences, work, window, TILE, STEP)
-    slot, phase = advance(slot, phase, TILE_STAGES)
-    return index, slot, phase
-
-
-@gluon.jit
 def tile_field(tiles, slot, FIELD: gl.constexpr):
     """One number of an announced tile."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(tiles.buffers.index(slot * TILE_FIELDS + FIELD).load(layout), 0)
+
+
+@gluon.jit
+def announced_tile(tiles, slot):
+    """(block, head, batch, begin, end) of an announced tile."""
+    block, head, batch = tile_field(tiles, slot, 0), tile_field(tiles, slot, 1), tile_field(tiles, slot, 2)
+    return block, head, batch, tile_field(tiles, slot, 3), tile_field(tiles, slot, 4)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from flash_attn.kernels.algebra.arguments import Pages
 from flash_attn.kernels.algebra.locate import locate_keys, sequence_base
 from flash_attn.kernels.algebra.rotary import rotate
 from flash_attn.kernels.algebra.span import clamp
+from flash_attn.kernels.portable.chain import join_chain
 
 
 @triton.jit
@@ -59,6 +60,7 @@ def kv_append_kernel(
     INTERLEAVED: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ADVANCE: query i has the angle of position cache_seqlens + i, otherwise every query that of cache_seqlens."""
+    join_chain()
     new_blocks = tl.cdiv(seqlen_new * nheads_k, BLOCK)
     blocks = new_blocks
     if rotary.cos is not None:

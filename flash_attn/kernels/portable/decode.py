@@ -17,6 +17,7 @@ from flash_attn.kernels.algebra.locate import sequence_base
 from flash_attn.kernels.algebra.score import LOG2_E, load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_step
 from flash_attn.kernels.algebra.span import load_span, packed_span
+from flash_attn.kernels.portable.chain import join_chain
 from flash_attn.kernels.portable.forward import attend
 
 
@@ -58,6 +59,7 @@ def attn_decode_split_kernel(
     batch = tl.program_id(0) // (nheads_k * num_m * num_splits)
     window = Window(window_left, window_right)
     pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS)
+    join_chain()
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, appended)
     span = load_span(sequences, block_table is not None, batch, seqlen_q, capacity, total_q, capacity)
 
@@ -87,7 +89,7 @@ def attn_decode_split_kernel(
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)
     if PARTS:
         parts = (tl.cast(batch * seqlen_q + rows, tl.int64) * (nheads_k * GROUP) + heads) * num_splits + split
-        if begin < end:  # the merge does not read parts without keys
+        if begin < end:  # the merge leaves out parts without keys
             tl.store(out.ptr + parts[:, None] * HEAD_DIM + dims[None, :], values, mask=mask)
         tl.store(softmax_lse + parts, lse, mask=inside)
     else:
@@ -110,6 +112,7 @@ def attn_decode_merge_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """part_out (batch, seqlen_q, nheads, num_splits, dim) and part_lse without dim, both contiguous."""
+    join_chain()
     row = tl.program_id(0)
     head = row % nheads
     query = row // nheads % seqlen_q
@@ -128,11 +131,14 @@ def attn_decode_merge_kernel(
     # steps of a fixed size: parts that are empty, or beyond the last one, change no bit of the result
     for first in tl.range(0, num_splits, BLOCK_SPLITS):
         parts = first + tl.arange(0, BLOCK_SPLITS)
-        lse = tl.load(part_lse + first_part + parts, mask=parts < num_splits, other=float("-inf"))
+        inside = parts < num_splits
+        lse = tl.load(part_lse + first_part + parts, mask=inside, other=float("-inf"))
+        # those without keys were not written; they are read all the same, for no load to wait for the one above
+        mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
         # contracted to a fused multiply-add, the rescaling by 1 of a step without parts would move the last bit
         if tl.max(lse, 0) > float("-inf"):
-            mask = (lse > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
-            tile = tl.load(part_out + (first_part + parts)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+            tile = tl.where((lse > float("-inf"))[:, None], tile, 0.0)
             weights, rescale, row_max, row_sum = softmax_step(row_max, row_sum, lse[None, :], LOG2_E)
             acc = acc * rescale + tl.sum(tl.trans(weights) * tile, 0)
     inverse_sum, lse = softmax_finish(row_max, row_sum, LOG2_E, sinks, head)
