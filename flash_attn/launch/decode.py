@@ -42,8 +42,8 @@ def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardwa
 
 def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
     """The configuration of programs that gather that many blocks from pages smaller than a block."""
-    few = config.gather_stages is not None and num_blocks <= SHORT_GATHER
-    return config._replace(num_stages=config.gather_stages) if few else config
+    stages = config.gather_stages
+    return config if stages is None or num_blocks > SHORT_GATHER else config._replace(num_stages=stages)
 
 
 def block_m(packed_rows: int) -> int:
