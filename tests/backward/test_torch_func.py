@@ -460,8 +460,9 @@ def test_gradients_of_every_sample_by_the_parameters(device, seed):
     for i in range(N):
         model.zero_grad()
         (model(x[i : i + 1]) - y[i]).square().sum().backward()
-        for name, p in model.named_parameters():
-            calls.assert_near(gradients[name][i], p.grad, roundoffs=64.0)
+        # against the largest of all: a bias adds terms that cancel
+        each = [(gradients[name][i].flatten(), p.grad.flatten()) for name, p in model.named_parameters()]
+        calls.assert_near(*map(torch.cat, zip(*each, strict=True)), roundoffs=64.0)
 
 
 @everywhere
