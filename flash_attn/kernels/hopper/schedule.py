@@ -144,8 +144,8 @@ def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexp
 
 @gluon.jit
 def next_tile(index, sequences, work, window, TILE: gl.constexpr):
-    """(block, head, batch, span) of the first tile from `index` on that has rows, drawing from the counter; block -1 when
-    there is none."""
+    """(number, block, head, batch, span) of the first tile from `index` on that has rows, drawing from the counter; block -1
+    when there is none."""
     block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
     span = tile_span(batch, sequences, work)
     if sequences.cu_seqlens_q is not None:
@@ -153,13 +153,13 @@ def next_tile(index, sequences, work, window, TILE: gl.constexpr):
             index = draw(work)
             block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
             span = tile_span(batch, sequences, work)
-    return gl.where(index < work.num_tiles, block, -1), head, batch, span
+    return index, gl.where(index < work.num_tiles, block, -1), head, batch, span
 
 
 @gluon.jit
 def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
-    """Hand the first tile from `index` on that has rows to all partitions, decoded; block -1: there is none any more."""
-    block, head, batch, span = next_tile(index, sequences, work, window, TILE)
+    """Hand the first tile from `index` on that has rows to all partitions, decoded, block -1 for none; returns its number."""
+    index, block, head, batch, span = next_tile(index, sequences, work, window, TILE)
     begin, end = tile_blocks(block, span, work, window, TILE, STEP)
     mbarrier.wait(tiles.empty.index(slot), phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -167,6 +167,7 @@ def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.c
     for field in gl.static_range(TILE_FIELDS):
         tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
     mbarrier.arrive(tiles.full.index(slot), count=1)
+    return index
 
 
 @gluon.jit
