@@ -91,8 +91,8 @@ def load_partition(
     index = announce_next(tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_N, BLOCK_M)
     while (index < work.num_tiles) if AHEAD else (tile_field(tiles, t_slot, 0) >= 0):
         if AHEAD:
-            # With what was announced ptxas orders the first consumer's loop for the worse: 4 to 6 % at head dim 64 and 4k or 16k
-            # causal tokens. H200, 2026-11-30
+            # With what was announced ptxas orders the first consumer's loop for the worse: 4 to 6 % at head dim 64 and 4k or
+            # 16k causal tokens. H200, 2026-11-30
             n_block, head_k, batch = tile_at(index, work, window)
             span = tile_span(batch, sequences, work)
             begin, end = tile_blocks(n_block, span, work, window, BLOCK_N, BLOCK_M)
