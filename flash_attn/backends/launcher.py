@@ -30,7 +30,7 @@ class Launcher:
     tensors themselves or their raw pointers, in the order in which they are passed to `__call__`. `kinds` names the
     NamedTuple of each leading argument, which Triton's dispatch needs and a compiled kernel does not; None for the others.
     `numbers` follow those arguments; the kernel must not specialise on them. With `early` all launches but the first start
-    while the kernel before ends, for which that kernel's programs and these have to `join_chain`.
+    while the kernel before on their stream ends; the kernel itself has to wait for that, see `kernels.portable.chain`.
     """
 
     def __init__(

@@ -25,9 +25,7 @@ class DecodeConfig(NamedTuple):
     num_warps: int
     num_stages: int  # key/value tiles in flight; see `pipeline_stages`
     programs_per_sm: int  # that run at the same time: what the number of splits aims to fill
-    gather_stages: int | None = (
-        None  # in place of num_stages for SHORT_GATHER blocks at most, gathered from several pages
-    )
+    gather_stages: int | None = None  # in place of num_stages for short loops over gathered keys; see `gathering`
 
 
 def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardware: Hardware) -> DecodeConfig:
@@ -41,7 +39,7 @@ def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardwa
 
 
 def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
-    """The configuration of programs that gather that many blocks from pages smaller than a block."""
+    """The configuration of programs that gather so many blocks of keys from pages that are shorter than a block."""
     stages = config.gather_stages
     return config if stages is None or num_blocks > SHORT_GATHER else config._replace(num_stages=stages)
 

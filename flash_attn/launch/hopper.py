@@ -28,7 +28,7 @@ class HopperForwardConfig(NamedTuple):
     overlap: bool  # run the end of a tile beside the start of the next; needs a second Q and a buffer for out
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
-    tiles_together: int = TILES_TOGETHER
+    tiles_together: int = TILES_TOGETHER  # of whole heads, drawn in turn
     draw_ahead: int = DRAW_AHEAD
 
 

@@ -210,6 +210,26 @@ def test_compiled_kernels_are_called_in_their_signatures_order(feature, monkeypa
             assert kind is None or argument is None or len(argument) == len(kind._fields)
 
 
+@pytest.mark.parametrize("arch, chained", [("sm_80", False), ("sm_90", True), ("sm_120", True), ("gfx942", False)])
+def test_kernels_that_may_start_early_wait_first(arch, chained, tmp_path, monkeypatch):
+    """Before they read anything; where the hardware cannot start them early, nothing asks for it."""
+    early: dict[str, bool] = {}
+    bind = Launcher.__init__
+
+    def note(self, kernel, *arguments):
+        bind(self, kernel, *arguments)
+        early[kernel.__name__] = early.get(kernel.__name__, False) or self.early
+
+    monkeypatch.setattr(Launcher, "__init__", note)
+    with compiling_for(arch, str(tmp_path)) as launches:
+        launch(Variant(arch, 64, page=16, new=True, rotary="halves", num_splits=64))
+    assert early == {each.kernel: chained for each in launches} and len(early) == 3
+    for each in launches:
+        assembly = each.compiled.asm["ptx" if "ptx" in each.compiled.asm else "amdgcn"]
+        wait, read = assembly.find("griddepcontrol.wait"), assembly.find("ld.global")
+        assert 0 < wait < read if chained else wait < 0
+
+
 def binaries(launches: list[Launch]) -> dict[str, int]:
     """Kernel -> how many different binaries of it were made."""
     kernels: dict[str, set[int]] = {}

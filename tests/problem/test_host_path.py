@@ -12,7 +12,7 @@ import torch
 
 from flash_attn import dispatch, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, hardware
 from flash_attn import flash_attn_with_kvcache as with_kvcache
-from flash_attn.backends.launcher import Launcher
+from flash_attn.backends.launcher import Launcher, started_early
 from flash_attn.hardware import Hardware
 
 B, S, H, D = 2, 32, 4, 64
@@ -171,3 +171,10 @@ def test_a_launch_makes_its_device_current(launched, monkeypatch):
     launch.device = torch.device("cuda", 1)
     launch(x)
     assert launched == [1] and current == 0
+
+
+def test_an_early_launch_leaves_the_others_alone():
+    """One compiled kernel has one launcher of Triton's; another kind is left as it is."""
+    run = SimpleNamespace(launch_pdl=False)
+    assert started_early(run).launch_pdl and not run.launch_pdl
+    assert started_early(print) is print
