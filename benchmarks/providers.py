@@ -140,7 +140,7 @@ def _our_backend(name: str) -> Provider:
 
 def _flaggems_unsupported(case: Case, device: torch.device) -> str | None:
     if case.direction == "backward":
-        return "the backend flaggems leaves gradients to the portable kernels"
+        return "the backend flaggems leaves gradients to our other backends"
     if case.dropout_p or case.sinks or case.dtype not in ("bfloat16", "float16"):
         return "the backend flaggems takes fp16 and bf16 without dropout and sinks"
     return None if device.type == "cuda" else "FlagGems needs an accelerator"

@@ -55,7 +55,7 @@ def sdpa(backend: SDPBackend) -> Attention:
 
 
 def flaggems(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlagGems' forward; its backend leaves gradients to the portable kernels."""
+    """FlagGems' forward; its backend leaves gradients to our others."""
     with backends.use("flaggems"):
         return flash_attn_func(q, k, v, causal=True)
 
