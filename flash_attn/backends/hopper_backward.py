@@ -17,7 +17,7 @@ from flash_attn.backends.fixed_arguments import (
     statistic_strides,
     strides,
 )
-from flash_attn.backends.launcher import Launcher, launch_in_turn
+from flash_attn.backends.launcher import Launcher
 from flash_attn.launch.hopper import (
     CONSUMER_ROWS,
     HopperDkdvConfig,
@@ -94,11 +94,9 @@ def _bind_regular(
                counter: Tensor) -> None:  # fmt: skip
         tensors = operands.q, operands.k, operands.v, dout
         rest = softmax_lse, delta, *optional_tensors(operands)[:5], counter
-        dkdv = *tensors, gradients.dk, gradients.dv, *rest
-        launch_in_turn(
-            (launch_dq, (*tensors, gradients.dq, out, *rest, operands.dlse)),
-            *((launch_dkdv, dkdv) for launch_dkdv in launches_dkdv),
-        )
+        launch_dq(*tensors, gradients.dq, out, *rest, operands.dlse)
+        for launch_dkdv in launches_dkdv:
+            launch_dkdv(*tensors, gradients.dk, gradients.dv, *rest)
 
     return launch
 
@@ -258,12 +256,10 @@ def bind_one_pass(
         dq_sum = torch.empty(size, dtype=torch.float32, device=dout.device)
         turns = torch.empty(num_turns, dtype=torch.int32, device=dout.device) if problem.deterministic else None
         optional = optional_tensors(operands)
-        operands_and_gradients = operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv
-        launch_in_turn(
-            (launch_rows, (out, dout, delta, dq_sum, turns, *optional[:4], softmax_lse, operands.dlse)),
-            (launch_products, (*operands_and_gradients, dq_sum, turns, softmax_lse, delta, *optional[:5], counter)),
-            (launch_convert, (dq_sum, gradients.dq, *optional[:4])),
-        )
+        launch_rows(out, dout, delta, dq_sum, turns, *optional[:4], softmax_lse, operands.dlse)
+        launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, turns, softmax_lse,
+                        delta, *optional[:5], counter)  # fmt: skip
+        launch_convert(dq_sum, gradients.dq, *optional[:4])
 
     return launch
 

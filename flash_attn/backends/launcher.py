@@ -9,7 +9,6 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -51,7 +50,6 @@ class Launcher:
         self.constant_values = tuple(constants.values())
         self.options = FUSED | options
         self.early = early
-        self.compiled_before = False  # see `compile_together`
         self.launch_compiled: Callable[..., None] | None = None
         self.device: torch.device | None = None  # where it was launched last, if its kernels have a current device
 
@@ -88,9 +86,12 @@ class Launcher:
 
     def _dispatch(self, tensors: Sequence[Tensor | None], numbers: tuple[int, ...], aligned: bool) -> None:
         """Launch through Triton; keep the compiled kernel for the next call with aligned pointers."""
-        device = device_of(tensors)
+        device = next(tensor.device for tensor in tensors if tensor is not None)
         with hardware.device_guard(device):
-            arguments = self.arguments(tensors)
+            arguments = list(self.build(tensors))
+            for index, kind in enumerate(self.kinds):
+                if kind is not None and arguments[index] is not None:
+                    arguments[index] = kind(*arguments[index])
             compiled = self.kernel[(self.num_programs,)](*arguments, *numbers, **self.constants, **self.options)
         stream = hardware.raw_stream_getter(device)
         if aligned and stream is not None:
@@ -99,24 +100,6 @@ class Launcher:
             self.function = compiled.function
             self.metadata = compiled.packed_metadata
             self.launch_compiled = started_early(compiled.run) if self.early else compiled.run
-
-    def arguments(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """What Triton's dispatch takes, but for constants and options."""
-        arguments = list(self.build(tensors))
-        for index, kind in enumerate(self.kinds):
-            if kind is not None and arguments[index] is not None:
-                arguments[index] = kind(*arguments[index])
-        return arguments
-
-    def start_compiling(self, tensors: Sequence[Tensor | None]) -> Any:
-        """The kernel, compiled or under way."""
-        grid = (self.num_programs,)
-        return self.kernel.warmup(*self.arguments(tensors), grid=grid, **self.constants, **self.options)
-
-
-def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
-    """Where the tensors are."""
-    return next(tensor.device for tensor in tensors if tensor is not None)
 
 
 def started_early(run: Any) -> Any:
@@ -137,48 +120,11 @@ def pointers(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], bool]:
     return addresses, functools.reduce(operator.or_, filter(None, addresses), 0) % ALIGNMENT == 0
 
 
-Step = tuple[Launcher, Sequence[Tensor | None]]
-
-
 def launch_all(launchers: Sequence[Launcher], *tensors: Tensor | None) -> None:
     """Kernels over the same tensors, one after the other; the pointers are read once."""
-    if not launchers[0].compiled_before:
-        compile_together([(launcher, tensors) for launcher in launchers])
     addresses, aligned = pointers(tensors)
     for launcher in launchers:
         launcher.launch(tensors, addresses, aligned)
-
-
-def launch_in_turn(*steps: Step) -> None:
-    """Kernels one after the other, each over its own tensors."""
-    if not steps[0][0].compiled_before:
-        compile_together(steps)
-    for launcher, tensors in steps:
-        launcher(*tensors)
-
-
-def compile_together(steps: Sequence[Step]) -> None:
-    """Compile the kernels of a first call side by side: much of that time passes in ptxas, in the C compiler that builds their
-    launchers, and outside of Python's lock."""
-    for launcher, _ in steps:
-        launcher.compiled_before = True
-    device = device_of(steps[0][1])
-    if device.type != "cuda" or hardware.is_capturing(device):
-        return
-    import triton
-
-    if not hasattr(triton, "AsyncCompileMode"):
-        return
-    with hardware.device_guard(device), ThreadPoolExecutor(len(steps)) as pool:
-        with triton.AsyncCompileMode(pool):
-            kernels = [launcher.start_compiling(tensors) for launcher, tensors in steps if launcher.num_programs]
-        list(pool.map(functools.partial(_load, device), kernels))
-
-
-def _load(device: torch.device, kernel: Any) -> None:
-    """Build a compiled kernel's launcher and load it onto the device."""
-    with hardware.device_guard(device):
-        _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
 
 
 @functools.cache
