@@ -253,8 +253,8 @@ def bind_decode(
         "STAGES": num_stages,
     }
     kinds = (*[arguments.Tensor] * 4, *[None] * 6, arguments.Score)
-    num_programs = num_tiles * num_splits if q.numel() else 0
     options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
+    num_programs = num_tiles * num_splits if q.numel() else 0
     early = starts_early(num_programs, hardware)
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options, early)
     return Decode(split, statistic_like(q), bind_merge(operands, num_splits) if parts else None)

@@ -34,8 +34,10 @@ def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardwa
     Paged or not, it has the same blocks and warps, so that pages change no bit of a result; where batch invariance was asked
     for, whatever the number of tiles.
     """
-    crowded = keys_per_split() is None and num_tiles > FEW_PER_SM * hardware.num_sms
-    return pinned_config("decode") or _choose(problem.dtype, problem.headdim, crowded, paged, hardware)
+    kind = problem.dtype, problem.headdim, paged, hardware
+    room = _choose(False, *kind).programs_per_sm * hardware.num_sms
+    crowded = keys_per_split() is None and num_tiles > room
+    return pinned_config("decode") or _choose(crowded, *kind)
 
 
 def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
@@ -125,7 +127,7 @@ GATHERED_ALONE = 1.2
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(dtype: str, headdim: int, crowded: bool, paged: bool, hardware: Hardware) -> DecodeConfig:
+def _choose(crowded: bool, dtype: str, headdim: int, paged: bool, hardware: Hardware) -> DecodeConfig:
     if hardware.kind == "cpu":
         return INTERPRETER
     if dtype == "float32":
@@ -152,13 +154,12 @@ HOPPER = {
     128: DecodeConfig(64, 4, 4, 2, 3),
     256: DecodeConfig(32, 4, 4, 2, 3),
 }
-FEW_PER_SM = 2
 # More tiles than those have room for would run in waves that begin and end together. Programs so small that all fit at once
-# read at full speed throughout: 384 tiles of 8k keys 12 % faster, 1024 at head dim 64 3 %, over pages 2 to 20 %.
+# read at full speed throughout: 384 tiles of 8k keys 12 % faster, 1024 at head dim 64 3 %, over pages 1 to 20 %.
 HOPPER_MANY = HOPPER | {64: DecodeConfig(64, 2, 2, 8), 128: DecodeConfig(64, 2, 2, 4), 256: DecodeConfig(32, 2, 2, 4)}
 HOPPER_MANY_PAGED = HOPPER_MANY | {64: DecodeConfig(64, 2, 4, 4)}
-# Of gathered keys the page's number travels first: a loop begins sooner with fewer blocks in flight (2 to 7 % for 16 to 128
-# blocks), and is 2 % slower when it runs long.
+# Of gathered keys the page's number travels first: a loop begins sooner with fewer blocks in flight (up to 10 % for 4 blocks, 0
+# to 3 % for 62 to 128), and is 1 to 2 % slower when it runs for 256.
 SHORT_GATHER = 128
 # unmeasured hardware: chosen to fit the smallest shared memory of the family
 NVIDIA = {

@@ -14,7 +14,7 @@ CONSUMER_ROWS = 64  # query rows of one consumer, a warpgroup
 DRAW_AHEAD = 2
 PROGRAMS = 132  # that run at the same time
 # Causal tiles of whole heads drawn in turn: two for each program, less those that would begin a third, so that a turn ends
-# evenly. From 512 to 4k tokens 2 to 6 % faster than the heads whose keys and values fit the L2 cache, level at 16k. 2026-11-30
+# evenly. Up to 6 % faster at 512 to 2k tokens than the heads whose keys and values fit the L2 cache, level from 4k. 2026-11-30
 TILES_TOGETHER = 2 * PROGRAMS
 WIDTHS_IN_TWO_PARTS = (80, 96, 144, 160, 192)  # a power of two and 16, 32 or 64 more
 
@@ -230,7 +230,7 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240),
     256: HopperForwardConfig(2, 64, 2, False, False, 240),
 }
-# Where tiles of 192 rows waste more than they gain, or a window, a softcap or ALiBi wants more than the 160 registers of three
+# Where larger tiles waste more than they gain, or a window or causal ALiBi wants more than the registers of three or four
 # consumers' threads. A third stage is worth 8 % at 1k tokens, 1.5 % at 2k causal ones, and 3 % with a window. 2026-11-23
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240)
 # Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 1 % over two consumers
