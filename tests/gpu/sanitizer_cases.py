@@ -1,4 +1,4 @@
-"""Small problems forward and backward, and over a cache, for `compute-sanitizer python -m tests.gpu.sanitizer_cases`.
+"""Small problems forward and backward, and over a cache, for `compute-sanitizer python -m tests.gpu.sanitizer_cases BACKEND`.
 
 Few kernel variants, so that compilation stays short; PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of
 its own, so that the sanitizer sees the first byte outside.
@@ -27,6 +27,16 @@ CASES = [
     Case("varlen", BF16, 64, 4, 2, (65, 0, 1, 130), (65, 7, 129, 0), "varlen", causal=True, sink=BF16),
     Case("everything", FP16, 64, 2, 1, (65,), (129,), "dense", (40, 9), False, 3.0, "bh", 0.2, "transposed"),
 ]
+# each compiles kernels of its own: the forms of every head-dim class, then what changes the loops
+HOPPER_CASES = [
+    Case("one-pass-64", BF16, 64, 4, 2, (300, 300), (300, 300), causal=True),
+    Case("one-pass-128", BF16, 128, 2, 2, (129,), (193,)),
+    Case("two-passes-256", BF16, 256, 4, 2, (200,), (70,), causal=True),
+    Case("padded", FP16, 72, 2, 1, (97, 97), (161, 161), window=(40, 9), strides="transposed"),
+    Case("scores", FP16, 64, 2, 1, (130,), (257,), softcap=3.0, alibi="bh"),
+    Case("varlen-64", BF16, 64, 4, 2, (65, 0, 1, 330), (65, 7, 129, 0), "varlen", causal=True),
+    Case("varlen-128", BF16, 128, 4, 2, (1, 200, 0, 130), (129, 200, 5, 64), "varlen", causal=True),
+]
 BAD_LENGTHS = ([0, 100000, -5, 160], [50, 10, 2**31 - 1, 192])
 BAD_PAGES = [[0, -1, 12, 3], [2**31 - 1, 5, 6, 7], [8, 9, -2, 11]]
 
@@ -42,12 +52,12 @@ def packed_operands(device: torch.device) -> list[torch.Tensor]:
     return [calls.randn(*s, dtype=BF16, device=device, seed=i) for i, s in enumerate(shapes)]
 
 
-def solve_bad_lengths(device: torch.device) -> None:
+def solve_bad_lengths(device: torch.device, deterministic: bool = False) -> None:
     """cu_seqlens that decrease and leave the tensors, forward and backward."""
     q, k, v = packed_operands(device)
     cu_q, cu_k = (calls.int32(x, device) for x in BAD_LENGTHS)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = flash_attn_varlen_func(*leaves, cu_q, cu_k, 200, 200, causal=True)
+    out = flash_attn_varlen_func(*leaves, cu_q, cu_k, 200, 200, causal=True, deterministic=deterministic)
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
@@ -86,24 +96,40 @@ def solve_cache(case: CacheCase, device: torch.device, **wrong: list[int] | list
     flash_attn_with_kvcache(**arguments | {name: calls.int32(numbers, device) for name, numbers in wrong.items()})
 
 
-def main() -> int:
+def solve_on_portable(device: torch.device) -> int:
+    for case in CASES:
+        solve(case, device)
+    solve_bad_lengths(device)
+    solve_rotary(device)
+    solve_pages(device, [[11, 3, 7, 0], [4, 5, 1, 2], [8, 9, 10, 6]])
+    solve_pages(device, BAD_PAGES, seqused_k=[1000, -3, 2**31 - 1], leftpad_k=[-1, 2**31 - 1, 5])
+    for case in CACHE_CASES:
+        solve_cache(case, device)
+        solve_cache(case, device, cache_seqlens=[2**31 - 1, -5])
+    solve_cache(CACHE_CASES[1], device, block_table=[[-1] * 9, [2**31 - 1] * 9])
+    solve_cache(CACHE_CASES[0], device, cache_batch_idx=[-1, 2])
+    return len(CASES) + 4 + 6
+
+
+def solve_on_hopper(device: torch.device) -> int:
+    for case in HOPPER_CASES:
+        solve(case, device)
+    solve_bad_lengths(device)
+    solve_bad_lengths(device, deterministic=True)
+    return len(HOPPER_CASES) + 2
+
+
+SOLVE = {"portable": solve_on_portable, "hopper": solve_on_hopper}
+
+
+def main(backend: str) -> int:
     device = torch.device("cuda")
-    with backends.use("portable"):
-        for case in CASES:
-            solve(case, device)
-        solve_bad_lengths(device)
-        solve_rotary(device)
-        solve_pages(device, [[11, 3, 7, 0], [4, 5, 1, 2], [8, 9, 10, 6]])
-        solve_pages(device, BAD_PAGES, seqused_k=[1000, -3, 2**31 - 1], leftpad_k=[-1, 2**31 - 1, 5])
-        for case in CACHE_CASES:
-            solve_cache(case, device)
-            solve_cache(case, device, cache_seqlens=[2**31 - 1, -5])
-        solve_cache(CACHE_CASES[1], device, block_table=[[-1] * 9, [2**31 - 1] * 9])
-        solve_cache(CACHE_CASES[0], device, cache_batch_idx=[-1, 2])
+    with backends.use(backend):
+        count = SOLVE[backend](device)
     torch.cuda.synchronize()
-    sys.stdout.write(f"solved {len(CASES) + 4 + 6}\n")
+    sys.stdout.write(f"solved {count}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))
