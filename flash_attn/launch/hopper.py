@@ -113,13 +113,16 @@ def _choose(problem: AttentionProblem) -> HopperForwardConfig:
 def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     """The configuration for head dims up to 64: large tiles read keys less often, but waste rows on the diagonal and behind the
     last one; many warps hide what each waits for, but leave few registers to each."""
-    causal = problem.causal
+    causal, window = problem.causal, problem.window[0] is not None
     longest = problem.seqlen_q if causal else max(problem.seqlen_q, problem.seqlen_k)
-    if problem.window[0] is not None or (problem.alibi and (causal or problem.softcap)):
+    crowded = problem.alibi and (causal or problem.softcap)
+    if crowded or (window and (problem.softcap or not causal)):
         return TWO_CONSUMERS
-    if longest <= (SHORT_CAUSAL if causal else SHORT):
+    if longest <= (SHORT_CAUSAL if causal and not problem.softcap else SHORT):
         return TWO_CONSUMERS
-    if problem.softcap or longest <= (MEDIUM_CAUSAL if causal else MEDIUM):
+    if causal and (window or problem.softcap or longest <= MEDIUM_CAUSAL):
+        return FOUR_SKIPPING
+    if problem.softcap or (not causal and longest <= MEDIUM):
         return FOUR_CONSUMERS
     return FORWARD[64]
 
@@ -230,11 +233,15 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240),
     256: HopperForwardConfig(2, 64, 2, False, False, 240),
 }
-# Where larger tiles waste more than they gain, or a window or causal ALiBi wants more than the registers of three or four
-# consumers' threads. A third stage is worth 8 % at 1k tokens, 1.5 % at 2k causal ones, and 3 % with a window. 2026-11-23
+# Where larger tiles waste more than they gain, or causal ALiBi or a window with a softcap want more than the registers of three
+# or four consumers' threads. A third stage is worth 8 % at 1k tokens. 2026-11-23
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240)
 # Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 1 % over two consumers
-# at 1k tokens, 3 % at 4k causal ones; 4 to 10 % with a softcap, which waits for two exponentials a score. 2026-11-30
+# at 1k tokens, 4 to 10 % with a softcap, which waits for two exponentials a score. 2026-11-30
 FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112)
+# Under a mask each consumer skips the blocks that none of its rows sees, which it cannot while they take turns: 2 % over two
+# consumers at 2k causal tokens, 6 and 12 % with windows of 256 and 1024 keys; over four in turn 3 % at 4k causal tokens, 4 %
+# with a softcap. Level at 1k and 8k causal tokens. 2026-11-30
+FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112)
 # tokens up to which two consumers, and then four, are the fastest
-SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL = 512, 1024, 2048, 4096
+SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL = 512, 1024, 1024, 4096

@@ -20,6 +20,7 @@ from flash_attn.backends.base import Operands  # noqa: E402
 from flash_attn.launch.hopper import (  # noqa: E402
     FORWARD,
     FOUR_CONSUMERS,
+    FOUR_SKIPPING,
     MEDIUM,
     MEDIUM_CAUSAL,
     SHORT,
@@ -158,7 +159,7 @@ def test_the_variants_cover_the_tables_and_the_features():
     chosen = {
         hopper_forward_config(operands_of(variant)[0])._replace(tiles_together=TILES_TOGETHER) for variant in variants()
     }
-    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS}
+    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS, FOUR_SKIPPING}
     assert chosen == {config._replace(tiles_together=TILES_TOGETHER) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}

@@ -18,6 +18,7 @@ from flash_attn.launch.hopper import (
     FEWEST_IN_ORDER,
     FORWARD,
     FOUR_CONSUMERS,
+    FOUR_SKIPPING,
     HEADS_IN_ORDER,
     MEDIUM,
     MEDIUM_CAUSAL,
@@ -250,7 +251,7 @@ def in_turns(config):
     return config._replace(tiles_together=TILES_TOGETHER)
 
 
-CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS), (64, FOUR_CONSUMERS)}
+CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS), (64, FOUR_CONSUMERS), (64, FOUR_SKIPPING)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -303,10 +304,12 @@ def square(length, causal, **words):
     [
         (square(SHORT_CAUSAL, True), TWO_CONSUMERS),
         (square(SHORT_CAUSAL, True)._replace(seqlen_k=4 * MEDIUM_CAUSAL), TWO_CONSUMERS),
-        (square(MEDIUM_CAUSAL, True), FOUR_CONSUMERS),
+        (square(MEDIUM_CAUSAL, True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True), FORWARD[64]),
-        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0)), TWO_CONSUMERS),
-        (square(2 * MEDIUM_CAUSAL, True, softcap=True), FOUR_CONSUMERS),
+        (square(SHORT_CAUSAL, True, window=(100, 0)), TWO_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0)), FOUR_SKIPPING),
+        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0), softcap=True), TWO_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True, softcap=True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True, alibi=True), TWO_CONSUMERS),
         (square(SHORT, False), TWO_CONSUMERS),
         (square(SHORT, False)._replace(seqlen_k=MEDIUM), FOUR_CONSUMERS),

@@ -6,7 +6,8 @@ CONSUMERS * 64 query rows of one head from a counter in global memory until ther
     load       copies Q(i), then K(n) and V(n+1) from the last block to the first, into the next tile without a break;
                DRAW_AHEAD blocks before the end of a tile draws the next one and announces it
     consumer   S = Q K(n)^T   is issued, then   O += P(n+1) V(n+1);   softmax of S runs while that product does
-               its turn on the tensor cores alternates with its neighbour's when PING_PONG
+               its turn on the tensor cores alternates with its neighbour's when PING_PONG; without, it skips small
+               blocks that none of its rows sees
 
     ring       filled by   read by       a slot is free when
     tiles      load        consumers     every consumer has read the number
@@ -36,6 +37,7 @@ from flash_attn.kernels.hopper.columns import (
     zero_columns,
 )
 from flash_attn.kernels.hopper.forward_load import load_partition
+from flash_attn.kernels.hopper.forward_skip import skip_keys, skip_values, unseen_blocks
 from flash_attn.kernels.hopper.forward_tiles import finish, score_block, softmax_step, store_tile
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
@@ -87,7 +89,7 @@ def tile_follows(tiles, slot, phase, last):
 @gluon.jit
 def attend_blocks(
     q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
-    full_begin, full_end, follows, tiles, next_slot, next_phase, span, window, score, slope, unit,
+    full_begin, full_end, follows, unread, tiles, next_slot, next_phase, span, window, score, slope, unit,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
@@ -111,7 +113,7 @@ def attend_blocks(
         masked = (n_block < full_begin) | (n_block >= full_end)
         tile, offset = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
         p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | follows)
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | unread | follows)
         acc = await_columns(acc)
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, STAGES)
@@ -143,7 +145,7 @@ def attend_overlapped(
     acc = zero_columns(WIDTH)
     if PING_PONG and CONSUMER == CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
-    old_slot = 0
+    old_slot, unread = 0, 0  # values that the tiles before left in their ring
     mbarrier.wait(tiles.full.index(t_slot), t_phase)
     present = tile_field(tiles, t_slot, 0) >= 0
     pending = present & (t_slot > 0)  # whether the tile before still needs its last product
@@ -152,6 +154,10 @@ def attend_overlapped(
         first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
         begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
         span = announced_span(tiles, t_slot, work, PACKED)
+        before, behind = unseen_blocks(first_row, begin, end, span, window, present, CONSUMER, CONSUMERS, BLOCK_N, STAGES,
+                                       PING_PONG)  # fmt: skip
+        k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, behind, True, STAGES)
+        begin, end, unread = begin + before, end - behind, unread + behind
         q_index = q_slot * CONSUMERS + CONSUMER
         q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
         mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
@@ -173,7 +179,7 @@ def attend_overlapped(
         tile, offset = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
         inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
         p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | follows))
+        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | (before > 0) | follows))
         acc = await_columns(acc)
         weights = gl.convert_layout(p.to(dtype), operand)
         if pending:
@@ -185,13 +191,16 @@ def attend_overlapped(
                        announced_span(tiles, old_slot, work, PACKED), tile_field(tiles, old_slot, 2),
                        tile_field(tiles, old_slot, 1), HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
             mbarrier.arrive(tiles.empty.index(old_slot), count=1)
+        v_slot, v_phase = skip_values(v_ring, v_slot, v_phase, unread, STAGES)
         acc = zero_columns(WIDTH)
         last = gl.where(present, end - 1, begin)
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            last, full_begin, full_end, follows, tiles, next_slot, next_phase, span, window, score, slope, unit,
+            last, full_begin, full_end, follows, before > 0, tiles, next_slot, next_phase, span, window, score, slope, unit,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
+        k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, before, follows, STAGES)
+        unread = before
         mbarrier.arrive(q_ring.empty.index(q_index), count=1, pred=present)
         q_slot, q_phase = advance(q_slot, q_phase, 2)
         old_slot, t_slot, t_phase = t_slot, next_slot, next_phase
@@ -243,7 +252,7 @@ def attend_serially(
         acc = zero_columns(WIDTH)
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, _follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            end - 1, full_begin, full_end, False, None, 0, 0, span, window, score, slope, unit,
+            end - 1, full_begin, full_end, False, False, None, 0, 0, span, window, score, slope, unit,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)

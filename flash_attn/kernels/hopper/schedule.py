@@ -111,10 +111,16 @@ def query_blocks(first_key, last_key, span, window, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def consumer_key_blocks(first_row, span, window, BLOCK: gl.constexpr):
+    """Key blocks that some row of one consumer sees and, of those, which every row sees whole; see `key_blocks`."""
+    last_row = gl.minimum(first_row + WARPGROUP_ROWS, gl.maximum(span.seqlen_q, first_row + 1)) - 1
+    return key_blocks(first_row, last_row, span, window, BLOCK)
+
+
+@gluon.jit
 def full_key_blocks(first_row, span, window, BLOCK: gl.constexpr):
     """Key blocks [full_begin, full_end) that every row of one consumer sees whole."""
-    last_row = gl.minimum(first_row + WARPGROUP_ROWS, gl.maximum(span.seqlen_q, first_row + 1)) - 1
-    _begin, full_begin, full_end, _end = key_blocks(first_row, last_row, span, window, BLOCK)
+    _begin, full_begin, full_end, _end = consumer_key_blocks(first_row, span, window, BLOCK)
     return full_begin, full_end
 
 
