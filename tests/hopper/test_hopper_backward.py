@@ -1,43 +1,21 @@
 """Gradients of the Hopper backend on a Hopper GPU: in one pass that sums dq in any order or in that of the keys, and in two."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func, launch
-from flash_attn.launch.hopper import CROWDED, FORWARD, ONE_PASS, TWO_PASS, head_dim_pad
+from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn.launch.hopper import FORWARD, ONE_PASS
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
+from tests.support.hopper_forms import chosen, each_form, forms
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
 WIDTHS = tuple(FORWARD)  # one head dim of each kernel
 on_hopper = pytest.mark.parametrize("device", calls.places("hopper"), indirect=True)
-
-
-def forms(headdim: int) -> tuple[str, ...]:
-    """Every form of the backward that a head dim has."""
-    return ("any order", "in order", "two passes")[0 if head_dim_pad(headdim) in ONE_PASS else 2 :]
-
-
-def each_form(*headdims: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("headdim, form", [(d, form) for d in headdims for form in forms(d)])
-
-
-@contextlib.contextmanager
-def chosen(form: str, headdim: int, score_features: int = 0) -> Iterator[bool]:
-    """`deterministic` of a call in one form, with so many of softcap and ALiBi; at head dim 64 tiles are drawn early."""
-    pad = head_dim_pad(headdim)
-    if form == "two passes":
-        config = TWO_PASS[pad][score_features >= CROWDED[pad]]
-    else:
-        config = ONE_PASS[pad]._replace(heads_together=3, ahead=pad == 64)
-    with launch.pinned(hopper_backward=config):
-        yield form != "any order"
 
 
 @pytest.fixture

@@ -19,8 +19,21 @@ from flash_attn.problem import AttentionProblem
 from tests.support.cases import Case
 from tests.support.inputs import Inputs
 
-MARKS = {"cpu": (), "gpu": (pytest.mark.gpu,), "hopper": (pytest.mark.gpu,), "interpreter": (pytest.mark.interpreter,)}
-BACKENDS = {"cpu": "cpu", "gpu": "portable", "hopper": "hopper", "interpreter": "portable"}
+MARKS = {
+    "cpu": (),
+    "gpu": (pytest.mark.gpu,),
+    "hopper": (pytest.mark.gpu,),
+    "interpreter": (pytest.mark.interpreter,),
+    "interpreted hopper": (),
+}
+BACKENDS = {
+    "cpu": "cpu",
+    "gpu": "portable",
+    "hopper": "hopper",
+    "interpreter": "portable",
+    "interpreted hopper": "hopper",
+}
+INTERPRETED_PROGRAMS = 3  # of a launch: few, so that each takes several tiles in turn
 
 
 def places(*names: str) -> list[Any]:
@@ -34,14 +47,25 @@ def placed(cases: dict[str, list[Case]]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def running_on(place: str) -> Iterator[torch.device]:
-    """The device of a place, with the place's backend in use: "cpu", "gpu", "hopper" or "interpreter"."""
+def running_on(place: str, seed: int = 0) -> Iterator[torch.device]:
+    """The device of a place, with the place's backend in use: "cpu", "gpu", "hopper", "interpreter", or "interpreted hopper",
+    whose partitions take turns that the seed decides."""
     if place == "interpreter":
         skip_unless_interpreting()
     if place == "hopper":
         skip_unless_hopper()
-    with backends.use(BACKENDS[place]):
+    with backends.use(BACKENDS[place]), interpreted_hopper(place, seed):
         yield torch.device("cuda" if place in ("gpu", "hopper") else "cpu")
+
+
+def interpreted_hopper(place: str, seed: int) -> Any:
+    """What makes the Hopper backend run on the CPU, where the place wants that."""
+    if place != "interpreted hopper":
+        return contextlib.nullcontext()
+    pytest.importorskip("triton.experimental.gluon")
+    from tests.support.gluon_interpreter import interpreted
+
+    return interpreted(INTERPRETED_PROGRAMS, seed)
 
 
 def skip_unless_interpreting() -> None:
