@@ -19,7 +19,8 @@ from flash_attn.hardware import Hardware
 from flash_attn.launch.hopper import CONSUMER_ROWS, FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING
 from flash_attn.problem import describe
 from tests.support import calls
-from tests.support.cases import BF16, CASES, FP16, FP32, SINK_CASES, Case
+from tests.support.cases import BF16, CASES, FP16, SINK_CASES, Case
+from tests.support.hopper_forms import served
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -39,15 +40,6 @@ def plans(monkeypatch):
     fresh = {}
     monkeypatch.setattr(dispatch, "_plans", fresh)
     return fresh
-
-
-def served(case: Case) -> bool:
-    return (
-        case.dtype != FP32
-        and case.headdim % 8 == 0
-        and case.dropout_p == 0.0
-        and min(sum(case.seqlens_q), sum(case.seqlens_k)) > 0
-    )
 
 
 SERVED = [case for case in CASES if served(case)]

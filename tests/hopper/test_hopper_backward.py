@@ -10,7 +10,7 @@ from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_va
 from flash_attn.launch.hopper import FORWARD, ONE_PASS
 from tests.support import calls
 from tests.support.cases import BF16, FP16, Case
-from tests.support.hopper_forms import chosen, each_form, forms
+from tests.support.hopper_forms import chosen, each_form, forms, gradients
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -22,15 +22,6 @@ on_hopper = pytest.mark.parametrize("device", calls.places("hopper"), indirect=T
 def device(request):
     with calls.running_on(request.param) as device:
         yield device
-
-
-def gradients(case, inputs, form, q=None, k=None, v=None, dout=None):
-    """(dq, dk, dv) of a case, or of other tensors in its place."""
-    given = (inputs.q if q is None else q, inputs.k if k is None else k, inputs.v if v is None else v)
-    leaves = [x.detach().requires_grad_() for x in given]
-    with chosen(form, case.headdim, (case.softcap > 0.0) + (case.alibi is not None)) as deterministic:
-        out = calls.public(case, inputs, *leaves, deterministic=deterministic)
-        return torch.autograd.grad(out, leaves, inputs.dout if dout is None else dout)
 
 
 def check(case: Case, device: torch.device, seed: int, form: str) -> None:

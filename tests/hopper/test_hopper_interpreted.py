@@ -1,6 +1,7 @@
 """The Hopper kernels on the CPU, partition by partition: results, and waits that end; see tests.support.gluon_interpreter."""
 
 import math
+import random
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, TWO
 from tests.support import calls, gluon_interpreter
 from tests.support.cases import BF16, CASES, FP16, FP32, Case
 from tests.support.gluon_interpreter import Barrier, Deadlock, Machine, initialise, interpreted, load
-from tests.support.hopper_forms import chosen, each_form
+from tests.support.hopper_forms import chosen, each_form, gradients, served
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -62,10 +63,7 @@ def check_forward(case: Case, row: str, seed: int) -> None:
 
 def check_backward(case: Case, form: str, seed: int) -> None:
     inputs = make_inputs(case, "cpu", seed)
-    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    with chosen(form, case.headdim, (case.softcap > 0.0) + (case.alibi is not None)) as deterministic:
-        out = calls.public(case, inputs, *leaves, deterministic=deterministic)
-        dq, dk, dv = torch.autograd.grad(out, leaves, inputs.dout)
+    dq, dk, dv = gradients(case, inputs, form)
     expected(case, inputs).check(dq=dq, dk=dk, dv=dv)
 
 
@@ -116,14 +114,7 @@ def test_features_of_a_backward(headdim, form, feature, device, seed):
     check_backward(Case("features", BF16, headdim, 2, 1, (257,), (300,), causal=True, **feature), form, seed)
 
 
-SERVED = [
-    case
-    for case in CASES
-    if case.dtype != FP32
-    and case.headdim % 8 == 0
-    and not case.dropout_p
-    and min(sum(case.seqlens_q), sum(case.seqlens_k))
-]
+SERVED = [case for case in CASES if served(case)]
 
 
 @here
@@ -177,8 +168,6 @@ def test_fewer_stages_than_skipping_needs(seed):
 
 
 def test_the_interpreter_notices_waits_without_end(seed):
-    import random
-
     barriers = [Barrier(), Barrier()]
     machine = Machine(0, 1, random.Random(seed))
 

@@ -1,12 +1,24 @@
-"""The forms of the Hopper backward, for tests that go through all of them."""
+"""What the Hopper backend serves, and the forms of its backward, for tests that go through all of them."""
 
 import contextlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from flash_attn import launch
 from flash_attn.launch.hopper import CROWDED, ONE_PASS, TWO_PASS, head_dim_pad
+from tests.support import calls
+from tests.support.cases import FP32, Case
+
+
+def served(case: Case) -> bool:
+    return (
+        case.dtype != FP32
+        and case.headdim % 8 == 0
+        and case.dropout_p == 0.0
+        and min(sum(case.seqlens_q), sum(case.seqlens_k)) > 0
+    )
 
 
 def forms(headdim: int) -> tuple[str, ...]:
@@ -28,3 +40,12 @@ def chosen(form: str, headdim: int, score_features: int = 0) -> Iterator[bool]:
         config = ONE_PASS[pad]._replace(heads_together=3, ahead=pad == 64)
     with launch.pinned(hopper_backward=config):
         yield form != "any order"
+
+
+def gradients(case, inputs, form, q=None, k=None, v=None, dout=None):
+    """(dq, dk, dv) of a case, or of other tensors in its place."""
+    given = (inputs.q if q is None else q, inputs.k if k is None else k, inputs.v if v is None else v)
+    leaves = [x.detach().requires_grad_() for x in given]
+    with chosen(form, case.headdim, (case.softcap > 0.0) + (case.alibi is not None)) as deterministic:
+        out = calls.public(case, inputs, *leaves, deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, inputs.dout if dout is None else dout)
