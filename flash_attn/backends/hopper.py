@@ -11,6 +11,7 @@ from torch import Tensor
 from flash_attn import hardware as devices
 from flash_attn.backends import tensor_maps
 from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
+from flash_attn.backends.dropout_scores import dropout_scores
 from flash_attn.backends.fixed_arguments import empty_results, fixed_arguments, optional_tensors, statistic_strides
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
@@ -34,8 +35,6 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return "reads keys through tensor maps, which cannot follow a block table"
     if problem.layout in ("cache", "paged_cache"):
         return "has no kernels that write a cache"
-    if problem.dropout:
-        return "has no dropout"
     if not problem.aligned:
         return (
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "
@@ -78,7 +77,7 @@ GLUON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
-    """One launch."""
+    """One launch; a second one for the dropout scores when asked for."""
     q = operands.q
     memo = {} if operands.memo is None else operands.memo
     out, softmax_lse = empty_results(operands, memo)
@@ -88,7 +87,8 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     with device_guard(q.device):
         optional, counter = optional_tensors(operands), tile_counter(q.device)
         launch(q, operands.k, operands.v, out, softmax_lse, *optional, counter, operands.sinks)
-    return ForwardResult(out, softmax_lse, None)
+        scores = dropout_scores(problem, operands) if return_scores else None
+    return ForwardResult(out, softmax_lse, scores)
 
 
 def backward(
@@ -166,6 +166,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             (p[4], *lse_strides),
             (p[5], p[6], p[7], p[8], None),
             (fixed.scale, fixed.softcap, p[9], *fixed.forward_score, p[12]),
+            (p[10], *fixed.dropout),
             p[11],
             num_tiles,
             num_m,
@@ -185,5 +186,5 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "REGISTERS": config.registers,
     }
     num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0
-    kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_fwd_kernel, num_programs, build, kinds, constants, {"num_warps": 4})

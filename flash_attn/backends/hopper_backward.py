@@ -93,7 +93,7 @@ def _bind_regular(
     def launch(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
                counter: Tensor) -> None:  # fmt: skip
         tensors = operands.q, operands.k, operands.v, dout
-        rest = softmax_lse, delta, *optional_tensors(operands)[:5], counter
+        rest = softmax_lse, delta, *optional_tensors(operands), counter
         launch_dq(*tensors, gradients.dq, out, *rest, operands.dlse)
         for launch_dkdv in launches_dkdv:
             launch_dkdv(*tensors, gradients.dk, gradients.dv, *rest)
@@ -155,11 +155,12 @@ def bind_dq(
             dq_map(p[4]),
             (p[5], *out_strides),
             (p[6], *row_strides),
-            (p[14], *row_strides) if problem.lse_gradient else None,
+            (p[15], *row_strides) if problem.lse_gradient else None,
             (p[7], *row_strides),
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
-            p[13],
+            (p[13], *fixed.dropout),
+            p[14],
             *tiles.sizes,
         )
 
@@ -175,7 +176,7 @@ def bind_dq(
         "DRAW_AHEAD": config.draw_ahead,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 5, *[arguments.Tensor] * 4, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 5, *[arguments.Tensor] * 4, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dq_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -210,7 +211,8 @@ def bind_dkdv(
             (p[7], *row_strides),
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
-            p[13],
+            (p[13], *fixed.dropout),
+            p[14],
             *tiles.sizes,
         )
 
@@ -224,7 +226,7 @@ def bind_dkdv(
         "DOUT_STAGES": config.dout_stages,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 6, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 6, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dkdv_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -258,7 +260,7 @@ def bind_one_pass(
         optional = optional_tensors(operands)
         launch_rows(out, dout, delta, dq_sum, turns, *optional[:4], softmax_lse, operands.dlse)
         launch_products(operands.q, operands.k, operands.v, dout, gradients.dk, gradients.dv, dq_sum, turns, softmax_lse,
-                        delta, *optional[:5], counter)  # fmt: skip
+                        delta, *optional, counter)  # fmt: skip
         launch_convert(dq_sum, gradients.dq, *optional[:4])
 
     return launch
@@ -297,7 +299,8 @@ def _bind_products(
             (p[9], *row_strides),
             (p[10], p[11], p[12], p[13], None),
             (fixed.scale, fixed.softcap, p[14], *fixed.backward_score),
-            p[15],
+            (p[15], *fixed.dropout),
+            p[16],
             *blocks,
             *tiles.sizes,
         )
@@ -310,7 +313,7 @@ def _bind_products(
         "AHEAD": config.ahead,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 8, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score)
+    kinds = (*[None] * 8, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 

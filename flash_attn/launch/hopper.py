@@ -106,8 +106,24 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    config = _tile_of_64(problem) if pad == 64 else FORWARD[pad]
+    choose = {64: _tile_of_64, 128: _tile_of_128}.get(pad)
+    config = FORWARD[pad] if choose is None else choose(problem)
     return config if problem.causal else config._replace(tiles_together=1)
+
+
+def _narrow(problem: AttentionProblem, width: int) -> bool:
+    """Whether the window shows no row more than `width` keys."""
+    left, right = problem.window
+    return left is not None and right is not None and left + 1 + right <= width
+
+
+def _tile_of_128(problem: AttentionProblem) -> HopperForwardConfig:
+    """The configuration for head dims of 65 to 128: where rows see few keys, most of a large tile is masked."""
+    return TWO_SKIPPING if _narrow(problem, NARROW[128]) or _short_causal(problem) else FORWARD[128]
+
+
+def _short_causal(problem: AttentionProblem) -> bool:
+    return problem.causal and max(problem.seqlen_q, problem.seqlen_k) <= SHORT
 
 
 def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
@@ -115,9 +131,15 @@ def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     last one; many warps hide what each waits for, but leave few registers to each."""
     causal, window = problem.causal, problem.window[0] is not None
     longest = problem.seqlen_q if causal else max(problem.seqlen_q, problem.seqlen_k)
-    crowded = problem.alibi and (causal or problem.softcap)
-    if crowded or (window and (problem.softcap or not causal)):
+    if _narrow(problem, NARROW[64]) or _short_causal(problem):
+        return TWO_SKIPPING
+    if problem.dropout:
+        short = (causal and longest <= SHORT_CAUSAL) or _narrow(problem, SHORT_CAUSAL)
+        return TWO_SKIPPING if short else TWO_CONSUMERS._replace(ping_pong=True)
+    if (problem.alibi and (causal or problem.softcap)) or (window and problem.softcap):
         return TWO_CONSUMERS
+    if window and not causal:
+        return THREE_SKIPPING
     if longest <= (SHORT_CAUSAL if causal and not problem.softcap else SHORT):
         return TWO_CONSUMERS
     if causal and (window or problem.softcap or longest <= MEDIUM_CAUSAL):
@@ -143,7 +165,7 @@ def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperT
     config = _one_pass(problem, pad, group)
     if config is not None:
         return config
-    dq, dkdv = TWO_PASS[pad][problem.softcap + problem.alibi >= CROWDED[pad]]
+    dq, dkdv = TWO_PASS[pad][problem.softcap + problem.alibi + problem.dropout >= CROWDED[pad]]
     heads = _heads_in_turn(problem, pad, group)
     return HopperTwoPassConfig(
         dq._replace(heads_together=heads), tuple(each._replace(heads_together=heads) for each in dkdv)
@@ -153,9 +175,10 @@ def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperT
 def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassConfig | None:
     """The configuration of one pass where that serves the problem best."""
     config = ONE_PASS.get(pad)
-    if config is None or (problem.softcap and problem.alibi and config.block_m == 128):
+    crowded = problem.softcap + problem.alibi + problem.dropout >= 2
+    if config is None or (crowded and config.block_m == 128):
         return None
-    plain = problem.window == (None, 0) and not (problem.softcap or problem.alibi)
+    plain = problem.window == (None, 0) and not (problem.softcap or problem.alibi or problem.dropout)
     if pad == 128 and plain and max(problem.seqlen_q, problem.seqlen_k) <= SHORT_TWO_PASS:
         return None
     if pad == 128 and problem.seqlen_q * group > (LONG_CAUSAL if problem.causal else LONG):
@@ -196,8 +219,8 @@ HEADS_IN_ORDER, FEWEST_IN_ORDER = 32, 4
 ORDERED_L2_SHARE = 2**25
 STEPS, CAUSAL_STEPS = 1.5, 4.0  # of a tile's loop for each program in the queue
 
-# (as a rule, where as many of softcap and ALiBi as in CROWDED leave fewer registers), each dq, then dkdv, or dk and dv; chosen
-# to compile with few spills in the loops
+# (as a rule, where as many of softcap, ALiBi and dropout as in CROWDED leave fewer registers), each dq, then dkdv, or dk and
+# dv; chosen to compile with few spills in the loops
 TWO_PASS: dict[int, tuple[HopperTwoPassConfig, HopperTwoPassConfig]] = {
     64: (
         HopperTwoPassConfig(HopperDqConfig(128, 2, 2, 2, 240, 1), (HopperDkdvConfig(128, 2, 2, 2, 240, 1),)),
@@ -233,8 +256,8 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240),
     256: HopperForwardConfig(2, 64, 2, False, False, 240),
 }
-# Where larger tiles waste more than they gain, or causal ALiBi or a window with a softcap want more than the registers of three
-# or four consumers' threads. A third stage is worth 8 % at 1k tokens. 2026-11-23
+# Where larger tiles waste more than they gain, or causal ALiBi, dropout or a window with a softcap want more than the registers
+# of three or four consumers' threads. A third stage is worth 8 % at 1k tokens. 2026-11-23
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240)
 # Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 1 % over two consumers
 # at 1k tokens, 4 to 10 % with a softcap, which waits for two exponentials a score. 2026-11-30
@@ -243,5 +266,12 @@ FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112)
 # consumers at 2k causal tokens, 6 and 12 % with windows of 256 and 1024 keys; over four in turn 3 % at 4k causal tokens, 4 %
 # with a softcap. Level at 1k and 8k causal tokens. 2026-11-30
 FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112)
+# The same with smaller tiles, of which narrow windows and short causal sequences mask less. 4k tokens and windows of 128, 256
+# and 512 keys: 14, 10, -2 % over four at head dim 64; 22, 16, 3 % over two in turn at 128. Bands of 129, 257 and 513 keys
+# at head dim 64: 42, 17 and 7 % over two, three consumers 33, 10 and 11. 512 causal tokens 4 %, with dropout 25. 2026-11-30
+TWO_SKIPPING = HopperForwardConfig(2, 64, 4, True, False, 240)
+THREE_SKIPPING = HopperForwardConfig(3, 64, 5, True, False, 160)
+# keys that a row sees at most, up to which two consumers that skip are the fastest; above 576 tiles in turn are at head dim 128
+NARROW = {64: 320, 128: 576}
 # tokens up to which two consumers, and then four, are the fastest
 SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL = 512, 1024, 1024, 4096

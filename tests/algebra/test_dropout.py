@@ -153,6 +153,59 @@ def test_triton_compiled_gives_the_same_bits(corner, device):
     check_triton_twin(device, *corner)
 
 
+@triton.jit
+def marks_kernel(rng_state, keep_below, rescale, weights, dweights, out, SIZE: tl.constexpr):
+    """By bits, and by marks: the weights that multiply v, and gradients of all weights."""
+    arguments = Dropout(rng_state, keep_below, rescale)
+    lanes = tl.arange(0, SIZE)
+    offsets = lanes[:, None] * SIZE + lanes[None, :]
+    tile, gradient = tl.load(weights + offsets), tl.load(dweights + offsets)
+    bits = dropout.tile_bits(arguments, dropout.load_key(arguments, 3), 48, lanes[:, None], 4096, lanes[None, :])
+    marked = dropout.mark_dropped(arguments, bits, tile)
+    area = SIZE * SIZE
+    tl.store(out + offsets, dropout.drop(arguments, bits, tile))
+    tl.store(out + area + offsets, dropout.drop_marked(marked))
+    tl.store(out + 2 * area + offsets, dropout.drop(arguments, bits, gradient) * dropout.kept_scale(arguments))
+    tl.store(out + 3 * area + offsets, dropout.drop_backward(arguments, marked, gradient))
+    tl.store(out + 4 * area + offsets, tl.abs(marked))
+
+
+def check_marks(device, seed):
+    """Weights that are 0 are not kept apart; their gradient meets a factor of 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, dweights = torch.rand(32, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    weights[weights < 0.1] = 0.0
+    out = torch.full((5, 32, 32), math.nan, device=device)
+    marks_kernel[(1,)](
+        state(seed, 7).to(device),
+        random_bits.keep_below(0.3),
+        1 / 0.7,
+        weights.to(device),
+        dweights.to(device),
+        out,
+        SIZE=32,
+    )
+    by_bits, by_marks, gradient, marked_gradient, unmarked = out.cpu()
+    keep = random_bits.keep_mask(
+        state(seed, 7), 0.3, torch.tensor([3]), torch.arange(48, 80), torch.arange(4096, 4128)
+    )[0]
+    assert torch.equal(by_bits, torch.where(keep, weights, 0.0)) and torch.equal(by_marks, by_bits)
+    assert torch.equal(unmarked, weights)
+    assert torch.equal(gradient * weights, marked_gradient * weights)
+
+
+@pytest.mark.interpreter
+def test_marks_interpreted(seed):
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    check_marks("cpu", seed)
+
+
+@pytest.mark.gpu
+def test_marks_compiled(seed, device):
+    check_marks(device, seed)
+
+
 SIGMAS = 5.0
 
 

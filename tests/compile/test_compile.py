@@ -9,13 +9,14 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 
 from flash_attn.kernels.algebra.arguments import Dropout, Pages, Score, Sequences, Tensor, Window  # noqa: E402
 from flash_attn.kernels.algebra.dropout import (  # noqa: E402
-    col_words,
     drop,
+    drop_backward,
+    drop_marked,
     keep_mask,
     kept_scale,
     load_key,
-    random_bits,
-    row_words,
+    mark_dropped,
+    tile_bits,
 )
 from flash_attn.kernels.algebra.interval import (  # noqa: E402
     block_bounds,
@@ -231,9 +232,9 @@ def probe_kernel(
         tile = softmax_backward(weights, tile, row_delta[:, None])
     elif FUNCTION == "drop":
         key = load_key(dropout, batch)
-        row_word = row_words(dropout, key, batch * SIZE, rows[:, None])
-        col_word = col_words(dropout, key, batch * SIZE, cols[None, :])
-        bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
+        bits = tile_bits(dropout, key, batch * SIZE, rows[:, None], batch * SIZE, cols[None, :])
+        marked = mark_dropped(dropout, bits, tile)
+        tile = drop_marked(marked) + drop_backward(dropout, marked, tile)
         tile = gl.where(keep_mask(dropout, bits), tile, drop(dropout, bits, tile)) * kept_scale(dropout)
     elif FUNCTION == "load_span":
         found = load_span(sequences, False, batch, 8, 8, 8, 8)

@@ -25,8 +25,10 @@ from flash_attn.launch.hopper import (  # noqa: E402
     MEDIUM_CAUSAL,
     SHORT,
     SHORT_CAUSAL,
+    THREE_SKIPPING,
     TILES_TOGETHER,
     TWO_CONSUMERS,
+    TWO_SKIPPING,
     head_dim_pad,
     hopper_forward_config,
 )
@@ -49,13 +51,15 @@ FEATURES = {
     "gqa": ("gqa",),
     "left": ("left",),
     "band": ("left", "right"),
+    "narrow": ("narrow",),
     "softcap": ("softcap",),
     "alibi": ("alibi",),
     "varlen": ("varlen", "gqa"),
     "seqused_k": ("varlen", "seqused_k"),
     "leftpad_k": ("varlen", "leftpad_k"),
     "sinks": ("sinks", "gqa"),
-    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks"),
+    "dropout": ("dropout",),
+    "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks", "dropout"),
 }
 
 
@@ -78,6 +82,7 @@ def variants() -> list[Variant]:
     """Every row of the launch tables as it is; then every feature, in turn over the rows and the dtypes."""
     rows = [(headdim, causal, LONG) for headdim in FORWARD for causal in (False, True)]
     rows += [(64, True, SHORT_CAUSAL), (64, True, MEDIUM_CAUSAL), (64, False, SHORT), (64, False, MEDIUM)]
+    rows += [(64, True, SHORT), (128, True, SHORT)]
     plain = [Variant(headdim, causal, seqlen=seqlen) for headdim, causal, seqlen in rows]
     turns, dtypes = cycle(rows), cycle(("float16", "bfloat16"))
     features = [name for name in FEATURES if name != "plain"]
@@ -90,7 +95,10 @@ def variants() -> list[Variant]:
     sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
-    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd]))
+    masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
+    masks += [Variant(64, causal, "left") for causal in (False, True)]
+    dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
+    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *dropped]))
 
 
 def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem, Operands]:
@@ -109,14 +117,19 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
         "seqused_k": _meta(batch_size, dtype=torch.int32) if "seqused_k" in features else None,
         "leftpad_k": _meta(batch_size, dtype=torch.int32) if "leftpad_k" in features else None,
     }
-    left, right = (64 if side in features else -1 for side in ("left", "right"))
+    left, right = (1000 if side in features else -1 for side in ("left", "right"))
+    if "narrow" in features:
+        left = 64
+    dropout_p = 0.1 if "dropout" in features else 0.0
     softcap = 30.0 if "softcap" in features else 0.0
     longest = dict(max_seqlen_q=variant.seqlen, max_seqlen_k=variant.seqlen)
     sinks = _meta(NHEADS, dtype=dtype) if "sinks" in features else None
     problem, *lengths = describe(
-        q, k, v, 0.0, 0.1, variant.causal, left, right, softcap, **optional, **longest, sinks=sinks
+        q, k, v, dropout_p, 0.1, variant.causal, left, right, softcap, **optional, **longest, sinks=sinks
     )
-    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, **optional, sinks=sinks)
+    if dropout_p > 0.0:
+        optional["rng_state"] = _meta(2, dtype=torch.int64)
+    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, dropout_p, **optional, sinks=sinks)
 
 
 def compile_forward(*calls: tuple[AttentionProblem, Operands], cache_dir) -> list[Launch]:
@@ -159,7 +172,8 @@ def test_the_variants_cover_the_tables_and_the_features():
     chosen = {
         hopper_forward_config(operands_of(variant)[0])._replace(tiles_together=TILES_TOGETHER) for variant in variants()
     }
-    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS, FOUR_SKIPPING}
+    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS, TWO_SKIPPING, THREE_SKIPPING, FOUR_SKIPPING}
+    configs.add(TWO_CONSUMERS._replace(ping_pong=True))
     assert chosen == {config._replace(tiles_together=TILES_TOGETHER) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}

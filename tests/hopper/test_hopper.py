@@ -16,7 +16,15 @@ from flash_attn import (
 )
 from flash_attn.backends import hopper
 from flash_attn.hardware import Hardware
-from flash_attn.launch.hopper import CONSUMER_ROWS, FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING
+from flash_attn.launch.hopper import (
+    CONSUMER_ROWS,
+    FORWARD,
+    FOUR_CONSUMERS,
+    FOUR_SKIPPING,
+    THREE_SKIPPING,
+    TWO_CONSUMERS,
+    TWO_SKIPPING,
+)
 from flash_attn.problem import describe
 from tests.support import calls
 from tests.support.cases import BF16, CASES, FP16, SINK_CASES, Case
@@ -62,8 +70,8 @@ def test_which_cases_are_served(case, seed):
 def check(case: Case, device: torch.device, seed: int) -> None:
     """out and softmax_lse against the truth."""
     inputs = make_inputs(case, device, seed)
-    results, _ = calls.forward(case, inputs, seed)
-    expected(case, inputs).check(**results)
+    results, keep = calls.forward(case, inputs, seed)
+    expected(case, inputs, keep).check(**results)
 
 
 @on_hopper
@@ -71,8 +79,8 @@ def check(case: Case, device: torch.device, seed: int) -> None:
 @pytest.mark.parametrize("case", SERVED[::2] + [case for case in SINK_CASES if served(case)], ids=str)
 def test_cases_forward_and_backward(case, device, seed, plans):
     inputs = make_inputs(case, device, seed)
-    results, _ = calls.forward_and_backward(case, inputs, seed)
-    expected(case, inputs).check(**results)
+    results, keep = calls.forward_and_backward(case, inputs, seed)
+    expected(case, inputs, keep).check(**results)
     assert {plan.backend.name for plan in plans.values()} == {"hopper"}
 
 
@@ -112,7 +120,15 @@ def test_windows(headdim, window, seqlens, device, seed):
     check(Case("windows", FP16, headdim, 2, 2, (seqlen_q,), (seqlen_k,), window=window), device, seed)
 
 
-TILES_OF_64 = {"three": FORWARD[64], "four in turn": FOUR_CONSUMERS, "four that skip": FOUR_SKIPPING}
+TILES = {
+    "two": (64, TWO_CONSUMERS),
+    "three in turn": (64, FORWARD[64]),
+    "four in turn": (64, FOUR_CONSUMERS),
+    "two in turn": (128, FORWARD[128]),
+    "two that skip": (128, TWO_SKIPPING),
+    "three that skip": (64, THREE_SKIPPING),
+    "four that skip": (64, FOUR_SKIPPING),
+}
 SIDES = [(-1, 0), (300, 0), (64, -1), (63, 65)]
 LENGTHS = [(256, 256), (257, 257), (700, 700), (257, 63), (513, 1), (63, 513), (640, 200)]
 
@@ -120,22 +136,24 @@ LENGTHS = [(256, 256), (257, 257), (700, 700), (257, 63), (513, 1), (63, 513), (
 @on_hopper
 @pytest.mark.parametrize("seqlen_q, seqlen_k", LENGTHS)
 @pytest.mark.parametrize("window", SIDES, ids=str)
-@pytest.mark.parametrize("consumers", TILES_OF_64)
+@pytest.mark.parametrize("consumers", TILES)
 def test_blocks_that_a_consumer_does_not_see(consumers, window, seqlen_q, seqlen_k, device, seed):
     """At the beginning of a tile, at its end, and so of several tiles that one program computes in turn."""
     batch_size = min(40, 12000 // max(seqlen_q, seqlen_k))
-    case = Case("unseen", BF16, 64, 4, 2, (seqlen_q,) * batch_size, (seqlen_k,) * batch_size, window=window)
-    with launch.pinned(hopper_forward=TILES_OF_64[consumers]):
+    headdim, config = TILES[consumers]
+    case = Case("unseen", BF16, headdim, 4, 2, (seqlen_q,) * batch_size, (seqlen_k,) * batch_size, window=window)
+    with launch.pinned(hopper_forward=config):
         check(case, device, seed)
 
 
 @on_hopper
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["uneven", "many short"])
-@pytest.mark.parametrize("consumers", TILES_OF_64)
+@pytest.mark.parametrize("consumers", TILES)
 def test_packed_batches_in_every_tile(consumers, name, causal, device, seed):
-    with launch.pinned(hopper_forward=TILES_OF_64[consumers]):
-        test_packed_batches(64, name, causal, device, seed)
+    headdim, config = TILES[consumers]
+    with launch.pinned(hopper_forward=config):
+        test_packed_batches(headdim, name, causal, device, seed)
 
 
 @on_hopper

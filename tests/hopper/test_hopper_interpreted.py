@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from flash_attn import flash_attn_varlen_func, launch
-from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, TWO_CONSUMERS
+from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, THREE_SKIPPING, TWO_CONSUMERS, TWO_SKIPPING
 from tests.support import calls, gluon_interpreter
 from tests.support.cases import BF16, CASES, FP16, FP32, Case
 from tests.support.gluon_interpreter import Barrier, Deadlock, Machine, initialise, interpreted, load
@@ -31,9 +31,11 @@ ROWS = {
     "64, two": (64, TWO_CONSUMERS),
     "64, three": (64, FORWARD[64]),
     "64, four in turn": (64, FOUR_CONSUMERS),
+    "64, three that skip": (64, THREE_SKIPPING),
     "64, four that skip": (64, FOUR_SKIPPING),
     "96": (96, FORWARD[128]),
     "128": (128, FORWARD[128]),
+    "128, two that skip": (128, TWO_SKIPPING),
     "192": (192, FORWARD[256]),
     "256": (256, FORWARD[256]),
 }
@@ -57,14 +59,15 @@ PACKED = {
 def check_forward(case: Case, row: str, seed: int) -> None:
     inputs = make_inputs(case, "cpu", seed)
     with launch.pinned(hopper_forward=ROWS[row][1]):
-        results, _ = calls.forward(case, inputs, seed)
-    expected(case, inputs).check(**results)
+        results, keep = calls.forward(case, inputs, seed)
+    expected(case, inputs, keep).check(**results)
 
 
 def check_backward(case: Case, form: str, seed: int) -> None:
     inputs = make_inputs(case, "cpu", seed)
+    torch.manual_seed(seed)
     dq, dk, dv = gradients(case, inputs, form)
-    expected(case, inputs).check(dq=dq, dk=dk, dv=dv)
+    expected(case, inputs, calls.keep_under(case, inputs, seed)).check(dq=dq, dk=dk, dv=dv)
 
 
 @here
@@ -84,7 +87,9 @@ def test_forward_of_packed_batches(row, mask, name, device, seed):
 
 
 @here
-@pytest.mark.parametrize("feature", [dict(softcap=3.0), dict(alibi="bh"), dict(sink=FP32)], ids=str)
+@pytest.mark.parametrize(
+    "feature", [dict(softcap=3.0), dict(alibi="bh"), dict(sink=FP32), dict(dropout_p=0.3)], ids=str
+)
 @pytest.mark.parametrize("mask", ["causal", "band"])
 @pytest.mark.parametrize("row", ROWS)
 def test_features_of_a_forward(row, mask, feature, device, seed):
@@ -108,7 +113,9 @@ def test_backward_of_packed_batches(headdim, form, name, device, seed):
 
 
 @here
-@pytest.mark.parametrize("feature", [dict(softcap=3.0), dict(alibi="bh")], ids=str)
+@pytest.mark.parametrize(
+    "feature", [dict(softcap=3.0), dict(alibi="bh"), dict(dropout_p=0.3), dict(softcap=3.0, dropout_p=0.2)], ids=str
+)
 @each_form(64, 128, 256)
 def test_features_of_a_backward(headdim, form, feature, device, seed):
     check_backward(Case("features", BF16, headdim, 2, 1, (257,), (300,), causal=True, **feature), form, seed)
@@ -121,8 +128,8 @@ SERVED = [case for case in CASES if served(case)]
 @pytest.mark.parametrize("case", SERVED[::3], ids=str)
 def test_cases_forward_and_backward(case, device, seed):
     inputs = make_inputs(case, device, seed)
-    results, _ = calls.forward_and_backward(case, inputs, seed)
-    expected(case, inputs).check(**results)
+    results, keep = calls.forward_and_backward(case, inputs, seed)
+    expected(case, inputs, keep).check(**results)
 
 
 @here

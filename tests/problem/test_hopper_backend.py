@@ -26,8 +26,10 @@ from flash_attn.launch.hopper import (
     SHORT,
     SHORT_CAUSAL,
     SHORT_TWO_PASS,
+    THREE_SKIPPING,
     TILES_TOGETHER,
     TWO_CONSUMERS,
+    TWO_SKIPPING,
     HopperOnePassConfig,
     HopperTwoPassConfig,
     even_share,
@@ -67,7 +69,6 @@ REFUSALS = [
     (HOPPER, dict(layout="paged"), "cannot follow a block table"),
     (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
     (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
-    (HOPPER, dict(dropout=True), "has no dropout"),
     (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
     (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
     (CDNA, {}, "this is gfx942"),
@@ -139,6 +140,7 @@ def test_without_triton(triton_release):
         dict(layout="varlen", nheads_k=2),
         dict(layout="varlen", seqused_k=True, leftpad_k=True),
         dict(window=(100, 0), softcap=True, alibi=True),
+        dict(dropout=True, window=(None, 0), headdim=128),
         dict(window=(None, 7), headdim=8),
         dict(headdim=256, window=(None, 0)),
         dict(deterministic=True),
@@ -251,7 +253,9 @@ def in_turns(config):
     return config._replace(tiles_together=TILES_TOGETHER)
 
 
-CONFIGS = {*FORWARD.items(), (64, TWO_CONSUMERS), (64, FOUR_CONSUMERS), (64, FOUR_SKIPPING)}
+TWO_IN_TURN = TWO_CONSUMERS._replace(ping_pong=True)
+OF_64 = (TWO_CONSUMERS, TWO_IN_TURN, FOUR_CONSUMERS, TWO_SKIPPING, THREE_SKIPPING, FOUR_SKIPPING)
+CONFIGS = {*FORWARD.items(), *((64, config) for config in OF_64), (128, TWO_SKIPPING)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -294,9 +298,9 @@ def test_every_problem_has_a_configuration():
 
 
 def square(length, causal, **words):
-    """A problem of as many keys as queries at head dim 64."""
-    words.setdefault("window", (None, 0 if causal else None))
-    return problem(headdim=64, seqlen_q=length, seqlen_k=length, **words)
+    """A problem of as many keys as queries, at head dim 64 unless asked for another."""
+    words = {"headdim": 64, "window": (None, 0 if causal else None)} | words
+    return problem(seqlen_q=length, seqlen_k=length, **words)
 
 
 @pytest.mark.parametrize(
@@ -306,21 +310,37 @@ def square(length, causal, **words):
         (square(SHORT_CAUSAL, True)._replace(seqlen_k=4 * MEDIUM_CAUSAL), TWO_CONSUMERS),
         (square(MEDIUM_CAUSAL, True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True), FORWARD[64]),
-        (square(SHORT_CAUSAL, True, window=(100, 0)), TWO_CONSUMERS),
-        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0)), FOUR_SKIPPING),
-        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0), softcap=True), TWO_CONSUMERS),
+        (square(SHORT, True), TWO_SKIPPING),
+        (square(SHORT, True)._replace(seqlen_k=MEDIUM_CAUSAL), TWO_CONSUMERS),
+        (square(SHORT_CAUSAL, True, window=(900, 0)), TWO_CONSUMERS),
+        (square(2 * MEDIUM_CAUSAL, True, window=(100, 0), softcap=True), TWO_SKIPPING),
+        (square(2 * MEDIUM_CAUSAL, True, window=(900, 0)), FOUR_SKIPPING),
+        (square(2 * MEDIUM_CAUSAL, True, window=(900, 0), softcap=True), TWO_CONSUMERS),
+        (square(SHORT_CAUSAL, True, dropout=True), TWO_SKIPPING),
+        (square(MEDIUM_CAUSAL, True, dropout=True, window=(900, 0)), TWO_SKIPPING),
+        (square(MEDIUM_CAUSAL, True, dropout=True), TWO_IN_TURN),
+        (square(MEDIUM_CAUSAL, False, dropout=True, softcap=True), TWO_IN_TURN),
         (square(2 * MEDIUM_CAUSAL, True, softcap=True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True, alibi=True), TWO_CONSUMERS),
         (square(SHORT, False), TWO_CONSUMERS),
         (square(SHORT, False)._replace(seqlen_k=MEDIUM), FOUR_CONSUMERS),
         (square(2 * MEDIUM, False), FORWARD[64]),
-        (square(2 * MEDIUM, False, window=(100, None)), TWO_CONSUMERS),
+        (square(2 * MEDIUM, False, window=(100, None)), THREE_SKIPPING),
+        (square(2 * MEDIUM, False, window=(160, 160)), THREE_SKIPPING),
+        (square(2 * MEDIUM, False, window=(160, 159)), TWO_SKIPPING),
         (square(2 * MEDIUM, False, softcap=True), FOUR_CONSUMERS),
         (square(2 * MEDIUM, False, alibi=True), FORWARD[64]),
         (square(2 * MEDIUM, False, alibi=True, softcap=True), TWO_CONSUMERS),
+        (square(SHORT, True, headdim=128), TWO_SKIPPING),
+        (square(SHORT, False, headdim=128), FORWARD[128]),
+        (square(SHORT, True, headdim=80)._replace(seqlen_k=MEDIUM), FORWARD[128]),
+        (square(MEDIUM, True, headdim=96, window=(575, 0)), TWO_SKIPPING),
+        (square(MEDIUM, True, headdim=96, window=(576, 0)), FORWARD[128]),
+        (square(MEDIUM, False, headdim=128, window=(100, None)), FORWARD[128]),
+        (square(MEDIUM, True, headdim=192, window=(9, 0)), FORWARD[256]),
     ],
 )
-def test_consumers_at_head_dim_64(given, wanted):
+def test_consumers(given, wanted):
     assert in_turns(hopper_forward_config(given)) == wanted
 
 
@@ -351,7 +371,7 @@ def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monke
     given, *_ = describe(q, q, q, 0.0, 1.0, causal, -1, -1, 0.0)
     operands = Operands(q, q, q, 1.0, length, length, given.window, memo={})
     launcher = hopper.bind_forward(given, operands, q, torch.empty(2, 480, length, device="meta"))
-    num_tiles, num_m, heads_together = launcher.build([0] * 13)[8:11]
+    num_tiles, num_m, heads_together = launcher.build([0] * 13)[9:12]
     assert num_tiles == 960 * num_m
     assert heads_together == (max(1, even_share(2 * PROGRAMS // num_m, 960)) if causal and num_m <= 2 * PROGRAMS else 1)
     assert heads_together * num_m <= max(2 * PROGRAMS, num_m)

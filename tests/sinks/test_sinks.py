@@ -48,12 +48,6 @@ def attend(case, inputs, seed, **extra):
     return out, lse, leaves
 
 
-def keep_of(case, inputs, seed):
-    """The dropout mask of a call under this seed, on which the sinks have no influence."""
-    torch.manual_seed(seed)
-    return calls.keep_of(case, calls.private(case, inputs)[3])
-
-
 @pytest.mark.parametrize(
     "case, device",
     # on a GPU each compiles kernels of its own for up to 25 s
@@ -66,7 +60,7 @@ def test_results_and_gradients_match_the_truth(case, device, seed):
     dlse = randn(*lse.shape, device=device, seed=seed + 7)
     dq, dk, dv, dsink = torch.autograd.grad((out, lse), leaves, (inputs.dout, dlse))
     out, lse = out.detach(), lse.detach()
-    wanted = expected(case, inputs, keep_of(case, inputs, seed), dlse)
+    wanted = expected(case, inputs, calls.keep_under(case, inputs, seed), dlse)
     wanted.check(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
     assert dsink.dtype == case.sink and dsink.shape == (case.nheads,)
     assert_dsink_close(dsink, wanted.reference, inputs, out, lse, dlse)

@@ -146,11 +146,22 @@ def forward_and_backward(case: Case, inputs: Inputs, seed: int) -> tuple[dict[st
 
 
 def lse_and_keep(case: Case, inputs: Inputs, out: Tensor, seed: int) -> tuple[Tensor, Any]:
-    """The lse and dropout mask behind a public result, from the operator under the same seed."""
+    """The lse and dropout mask behind a public result, from the operator under the same seed; it takes no sinks."""
     torch.manual_seed(seed)
-    private_out, lse, _, rng_state = private(case, inputs)
-    assert torch.equal(private_out, out), "the operator and the public function drop different weights"
-    return lse, keep_of(case, rng_state)
+    if case.sink is None:
+        again, lse, *_ = private(case, inputs)
+    else:
+        again, lse, _ = public(case, inputs, inputs.q, inputs.k, inputs.v, return_attn_probs=True)
+    assert torch.equal(again, out), "two calls under one seed drop different weights"
+    return lse, keep_under(case, inputs, seed)
+
+
+def keep_under(case: Case, inputs: Inputs, seed: int) -> Tensor | list[Tensor] | None:
+    """The dropout mask of the first call under a seed."""
+    if case.dropout_p == 0.0:
+        return None
+    torch.manual_seed(seed)
+    return keep_of(case, private(case, inputs)[3])
 
 
 def keep_of(case: Case, rng_state: Tensor) -> Tensor | list[Tensor] | None:

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITCallable
 
-from flash_attn import dispatch, hardware, kernels
+from flash_attn import dispatch, hardware, kernels, random_bits
 from flash_attn.backends import hopper
 from flash_attn.backends.launcher import Launcher
 from flash_attn.hardware import Hardware
@@ -51,6 +51,35 @@ class Tile(torch.Tensor):
     """A tensor in registers."""
 
     type = SimpleNamespace(layout=LAYOUT)  # type: ignore[assignment]
+
+    def to(self, dtype: torch.dtype) -> Any:
+        return word(self) if dtype == torch.uint32 else super().to(dtype)
+
+
+class Word(Tile):
+    """Unsigned numbers of 32 bits, in 64."""
+
+    def __add__(self, other: Any) -> "Word":
+        return word(super().__add__(other))
+
+    def __mul__(self, other: Any) -> "Word":
+        return word(super().__mul__(other))
+
+    def __lshift__(self, other: Any) -> "Word":
+        return word(super().__lshift__(other))
+
+
+def word(x: Any) -> Word:
+    return (torch.as_tensor(x).as_subclass(torch.Tensor).long() & random_bits.MASK).as_subclass(Word)
+
+
+def in_memory(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.uint32 else dtype
+
+
+def philox(seed: int, *counter: Any) -> tuple[Word, ...]:
+    numbers = [word(x).as_subclass(torch.Tensor) for x in (*counter, seed, seed >> 32)]
+    return tuple(map(word, random_bits.philox_4x32(tuple(numbers[:4]), tuple(numbers[4:]))))  # type: ignore[arg-type]
 
 
 def tile(x: torch.Tensor) -> Any:
@@ -314,7 +343,7 @@ class Machine:
         if layout == "barriers":
             return Barriers(shape[0])
         filling = float("nan") if dtype.is_floating_point else -(2**30)
-        memory = torch.full(tuple(shape), filling, dtype=dtype)
+        memory = torch.full(tuple(shape), filling, dtype=in_memory(dtype))
         self.shared_memory += memory.numel() * memory.itemsize
         assert self.shared_memory <= SHARED_MEMORY
         return Shared(memory)
@@ -397,10 +426,13 @@ def elementwise(scalars: Callable[..., Any], tensors: Callable[..., Any]) -> Cal
 def where(condition: Any, yes: Any, no: Any) -> Any:
     if not isinstance(condition, torch.Tensor):
         return yes if condition else no
-    return tile(torch.where(condition, yes, no))
+    chosen = torch.where(condition, yes, no)
+    return word(chosen) if isinstance(yes, Word) else tile(chosen)
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
+    if dtype == torch.uint32:
+        return word(x)
     if isinstance(x, torch.Tensor):
         return tile(x.to(dtype))
     return float(x) if dtype.is_floating_point else int(x)
@@ -428,12 +460,13 @@ def language() -> SimpleNamespace:
         atomic_add=atomic(lambda old, value: old + value),
         atomic_max=atomic(max),
         zeros=lambda shape, dtype, layout=None: tile(torch.zeros(shape, dtype=dtype)),
-        full=lambda shape, value, dtype, layout=None: tile(torch.full(shape, value, dtype=dtype)),
+        full=lambda shape, value, dtype, layout=None: tile(torch.full(shape, value, dtype=in_memory(dtype))),
         arange=lambda start, end, layout=None: tile(torch.arange(start, end)),
         convert_layout=lambda x, layout: x,
         expand_dims=lambda x, axis: x.unsqueeze(axis),
         where=where,
         cast=cast,
+        philox=philox,
         cdiv=lambda x, y: -(-x // y),
         minimum=elementwise(min, torch.minimum),
         maximum=elementwise(max, torch.maximum),

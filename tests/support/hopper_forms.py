@@ -13,12 +13,7 @@ from tests.support.cases import FP32, Case
 
 
 def served(case: Case) -> bool:
-    return (
-        case.dtype != FP32
-        and case.headdim % 8 == 0
-        and case.dropout_p == 0.0
-        and min(sum(case.seqlens_q), sum(case.seqlens_k)) > 0
-    )
+    return case.dtype != FP32 and case.headdim % 8 == 0 and min(sum(case.seqlens_q), sum(case.seqlens_k)) > 0
 
 
 def forms(headdim: int) -> tuple[str, ...]:
@@ -31,11 +26,11 @@ def each_form(*headdims: int) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def chosen(form: str, headdim: int, score_features: int = 0) -> Iterator[bool]:
-    """`deterministic` of a call in one form, with so many of softcap and ALiBi; at head dim 64 tiles are drawn early."""
+def chosen(form: str, headdim: int, features: int = 0) -> Iterator[bool]:
+    """`deterministic` of a call in one form, with so many of softcap, ALiBi and dropout; head dim 64 draws tiles early."""
     pad = head_dim_pad(headdim)
     if form == "two passes":
-        config = TWO_PASS[pad][score_features >= CROWDED[pad]]
+        config = TWO_PASS[pad][features >= CROWDED[pad]]
     else:
         config = ONE_PASS[pad]._replace(heads_together=3, ahead=pad == 64)
     with launch.pinned(hopper_backward=config):
@@ -46,6 +41,7 @@ def gradients(case, inputs, form, q=None, k=None, v=None, dout=None):
     """(dq, dk, dv) of a case, or of other tensors in its place."""
     given = (inputs.q if q is None else q, inputs.k if k is None else k, inputs.v if v is None else v)
     leaves = [x.detach().requires_grad_() for x in given]
-    with chosen(form, case.headdim, (case.softcap > 0.0) + (case.alibi is not None)) as deterministic:
+    features = (case.softcap > 0.0) + (case.alibi is not None) + (case.dropout_p > 0.0)
+    with chosen(form, case.headdim, features) as deterministic:
         out = calls.public(case, inputs, *leaves, deterministic=deterministic)
         return torch.autograd.grad(out, leaves, inputs.dout if dout is None else dout)

@@ -25,8 +25,8 @@ def load_key(dropout, batch_head):
     if dropout.rng_state is not None:
         seed = tl.load(dropout.rng_state)
         offset = tl.load(dropout.rng_state + 1)
-        low = (offset & 0xFFFFFFFF).to(tl.uint32)
-        high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        low = tl.cast(offset & 0xFFFFFFFF, tl.uint32)
+        high = tl.cast((offset >> 32) & 0xFFFFFFFF, tl.uint32)
         head_word = tl.cast(batch_head, tl.uint32)
         row_key, col_key, mix_key, _unused = tl.philox(seed, low, high, head_word, head_word * 0)
     return row_key, col_key, mix_key
@@ -73,6 +73,14 @@ def random_bits(dropout, key, rows, cols, row_word, col_word):
 
 
 @triton.jit
+def tile_bits(dropout, key, first_row, row_lanes, first_col, col_lanes):
+    """`random_bits` of the tile at (first_row, first_col), multiples of 16; the lanes broadcast to it. 0 without dropout."""
+    row_word = row_words(dropout, key, first_row, row_lanes)
+    col_word = col_words(dropout, key, first_col, col_lanes)
+    return random_bits(dropout, key, row_lanes, col_lanes, row_word, col_word)
+
+
+@triton.jit
 def last_kept(dropout):
     """The largest word of `random_bits` whose weight is kept."""
     return (tl.cast(dropout.keep_below, tl.uint32) << 16) - 1
@@ -99,6 +107,37 @@ def drop(dropout, bits, weights):
     else:
         kept = tl.where(keep_mask(dropout, bits), weights, 0.0)
     return kept
+
+
+@triton.jit
+def mark_dropped(dropout, bits, weights):
+    """Weights, negative where dropped: so a tile remembers its mask in no register of its own, for `drop_backward`."""
+    if speaks_ptx():
+        marked = tl.inline_asm_elementwise(
+            "{ .reg .pred keep; .reg .f32 minus; setp.ls.u32 keep, $2, $3; neg.f32 minus, $1; selp.f32 $0, $1, minus, keep; }",
+            "=f,f,r,r", [weights, bits, last_kept(dropout)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        marked = tl.where(keep_mask(dropout, bits), weights, -weights)
+    return marked
+
+
+@triton.jit
+def drop_marked(marked):
+    """`drop` of what `mark_dropped` marked."""
+    return tl.maximum(marked, 0.0)
+
+
+@triton.jit
+def drop_backward(dropout, marked, dweights):
+    """d(loss)/d(weight) from d(loss)/d(weight that multiplied v): the VJP of `drop` and `kept_scale`."""
+    if speaks_ptx():
+        kept = tl.inline_asm_elementwise(
+            "slct.f32.f32 $0, $1, 0f00000000, $2;", "=f,f,f", [dweights, marked], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        kept = tl.where(marked >= 0.0, dweights, 0.0)
+    return kept * kept_scale(dropout)
 
 
 @triton.jit

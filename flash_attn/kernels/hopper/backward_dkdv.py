@@ -22,14 +22,20 @@ tensor-core descriptor.
 """
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.dropout import kept_scale
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
-from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward
+from flash_attn.kernels.algebra.softmax import lse_log2
 from flash_attn.kernels.hopper.backward_tiles import (
+    allocate_key_words,
     allocate_statistics,
     first_group_block,
     load_statistic,
     next_group_block,
+    score_gradient,
+    store_key,
     tile_weights,
+    transposed_bits,
+    value_weights,
 )
 from flash_attn.kernels.hopper.columns import (
     accumulate_columns,
@@ -79,7 +85,7 @@ from flash_attn.kernels.hopper.schedule import (
 @gluon.jit
 def load_partition(
     q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta,
-    sequences, work, window,
+    key_words, sequences, work, window, dropout,
     CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -117,6 +123,7 @@ def load_partition(
                 row_deltas = load_statistic(delta, batch, head, span, first, 0.0, BLOCK_M)
             fill(q_ring, q_slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
             row_lse.index(q_slot).store(lse_log2(lse))
+            store_key(key_words, q_slot, dropout, batch * work.nheads + head)
             mbarrier.arrive(q_ring.full.index(q_slot), count=1)
             q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
             fill(dout_ring, d_slot, d_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
@@ -133,7 +140,7 @@ def load_partition(
 @gluon.jit
 def accumulate_dkdv(
     k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key, begin, end,
-    full_begin, full_end, head, batch, span, window, work, score,
+    full_begin, full_end, head, batch, span, window, work, score, key_words, dropout,
     BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     WITH_DK: gl.constexpr, WITH_DV: gl.constexpr,
 ):  # fmt: skip
@@ -166,15 +173,16 @@ def accumulate_dkdv(
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end)
         lse = row_lse.index(q_slot).load(lanes)[None, :]
-        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
+        bits = transposed_bits(dropout, key_words, q_slot, m_block * BLOCK_M, first_key, layout, BLOCK_M)
+        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope, dropout, bits)
         if WITH_DK:
             dp = warpgroup_mma_wait(0, deps=(dp,))
             delta = row_delta.index(d_slot).load(lanes)[None, :]
-            ds = gl.convert_layout(softmax_backward(sensitivity, dp, delta).to(dtype), operand)
+            ds = gl.convert_layout(score_gradient(sensitivity, dp, delta, dropout).to(dtype), operand)
             if not WITH_DV:
                 mbarrier.arrive(dout_ring.empty.index(d_slot), count=1)
         if WITH_DV:
-            p = gl.convert_layout(weights.to(dtype), operand)
+            p = gl.convert_layout(value_weights(weights, dropout).to(dtype), operand)
             dv = accumulate_columns(p, dout_tile, dv, WIDTH)
         if WITH_DK:
             dk = accumulate_columns(ds, q_tile, dk, WIDTH)
@@ -213,7 +221,7 @@ def store_gradient(descriptor, buffer, gradient, scale, first_key, span, batch, 
 
 @gluon.jit
 def dkdv_partition(
-    dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window, score,
+    dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr,
     WITH_DV: gl.constexpr, PACKED: gl.constexpr,
@@ -236,11 +244,11 @@ def dkdv_partition(
             mbarrier.wait(v_ring.full.index(k_index), k_phase)
         dk, dv, q_slot, q_phase, d_slot, d_phase = accumulate_dkdv(
             k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key,
-            begin, end, full_begin, full_end, head_k * work.group, batch, span, window, work, score,
+            begin, end, full_begin, full_end, head_k * work.group, batch, span, window, work, score, key_words, dropout,
             BLOCK_M, HEAD_DIM_PAD, WIDTH, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
         )  # fmt: skip
         if WITH_DV:
-            store_gradient(dv_desc, v_ring.buffers.index(k_index), dv, 1.0, first_key, span, batch, head_k,
+            store_gradient(dv_desc, v_ring.buffers.index(k_index), dv, kept_scale(dropout), first_key, span, batch, head_k,
                            HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
         if WITH_DK:
             store_gradient(dk_desc, k_ring.buffers.index(k_index), dk, gradient_scale(score), first_key, span, batch, head_k,
@@ -261,7 +269,7 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def attn_bwd_dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, softmax_lse, delta, sequences, score, counter,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, softmax_lse, delta, sequences, score, dropout, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -282,15 +290,16 @@ def attn_bwd_dkdv_kernel(
         v_ring = k_ring
         dout_ring = allocate_ring(dout_desc, DOUT_STAGES, CONSUMERS)
         row_delta = row_lse
+    key_words = allocate_key_words(dropout, Q_STAGES, row_lse)
     tiles = allocate_tiles(CONSUMERS)
     gl.warp_specialize([
-        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window,
-                          score, 0, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
-                          PACKED)),
-        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, work, window,
-                          score, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
-                          PACKED)),
+        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work,
+                          window, score, dropout, 0, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES,
+                          DOUT_STAGES, WITH_DK, WITH_DV, PACKED)),
+        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work,
+                          window, score, dropout, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES,
+                          DOUT_STAGES, WITH_DK, WITH_DV, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
-                          row_lse, row_delta, sequences, work, window, CONSUMERS, BLOCK_M, K_STAGES, Q_STAGES, DOUT_STAGES,
-                          WITH_DK, PACKED)),
+                          row_lse, row_delta, key_words, sequences, work, window, dropout, CONSUMERS, BLOCK_M, K_STAGES,
+                          Q_STAGES, DOUT_STAGES, WITH_DK, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -20,10 +20,17 @@ tensor-core descriptor.
 """
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.dropout import load_key, tile_bits
 from flash_attn.kernels.algebra.locate import row_base
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
-from flash_attn.kernels.algebra.softmax import lse_log2, softmax_backward, softmax_delta
-from flash_attn.kernels.hopper.backward_tiles import load_rows, load_rows_statistic, row_major_layout, tile_weights
+from flash_attn.kernels.algebra.softmax import lse_log2, softmax_delta
+from flash_attn.kernels.hopper.backward_tiles import (
+    load_rows,
+    load_rows_statistic,
+    row_major_layout,
+    score_gradient,
+    tile_weights,
+)
 from flash_attn.kernels.hopper.columns import (
     accumulate_columns,
     await_products,
@@ -107,8 +114,8 @@ def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
 
 @gluon.jit
 def accumulate_dq(
-    q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows, begin, end,
-    full_begin, full_end, span, window, score, slope,
+    q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows, first_row,
+    begin, end, full_begin, full_end, span, window, score, slope, dropout, key,
     BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Sum of dS K over key blocks [begin, end)."""
@@ -116,6 +123,7 @@ def accumulate_dq(
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
     dtype: gl.constexpr = q_ring.buffers.dtype
     lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    row_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
     dq = zero_columns(WIDTH)
     mbarrier.wait(k_ring.full.index(k_slot), k_phase)
     q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
@@ -130,13 +138,14 @@ def accumulate_dq(
         dp = inner_products(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
         cols = (n_block * BLOCK_N + lanes)[None, :]
         masked = (n_block < full_begin) | (n_block >= full_end)
+        bits = tile_bits(dropout, key, first_row, row_lanes, n_block * BLOCK_N, lanes[None, :])
         _weights, sensitivity = tile_weights(
-            qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope
+            qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope, dropout, bits
         )
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
         v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-        ds = softmax_backward(sensitivity, dp, along_rows(row_delta, layout)).to(dtype)
+        ds = score_gradient(sensitivity, dp, along_rows(row_delta, layout), dropout).to(dtype)
         ds = gl.convert_layout(ds, operand)
         dq = accumulate_columns(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, WIDTH)
         old_slot = k_slot
@@ -151,7 +160,7 @@ def accumulate_dq(
 
 @gluon.jit
 def dq_partition(
-    dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
+    dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
@@ -170,6 +179,7 @@ def dq_partition(
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, batch, head)
+        key = load_key(dropout, batch * work.nheads + head)
         rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
         out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD)))
         out_rows = load_rows(out, span, batch, head, out_index, HEAD_DIM, HEAD_DIM_PAD)
@@ -183,7 +193,8 @@ def dq_partition(
         mbarrier.wait(q_ring.full.index(q_index), q_phase)
         dq, k_slot, k_phase, v_slot, v_phase = accumulate_dq(
             q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows,
-            begin, end, full_begin, full_end, span, window, score, slope, BLOCK_N, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES,
+            first_row, begin, end, full_begin, full_end, span, window, score, slope, dropout, key,
+            BLOCK_N, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES,
         )  # fmt: skip
         mbarrier.arrive(dout_ring.empty.index(q_index), count=1)
         store_columns(matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), dq, gradient_scale(score), WIDTH)
@@ -204,7 +215,7 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def attn_bwd_dq_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, dlse, delta, sequences, score, counter,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, dlse, delta, sequences, score, dropout, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
@@ -219,9 +230,9 @@ def attn_bwd_dq_kernel(
     tiles = allocate_tiles(CONSUMERS)
     gl.warp_specialize([
         (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
+                        dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
+                        dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
         (load_partition, (q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work,
                           window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

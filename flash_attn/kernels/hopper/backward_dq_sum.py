@@ -48,8 +48,12 @@ def part_pointer(dq_sum, head, block, part, num_dq_blocks, BLOCK_M: gl.constexpr
 
 
 @gluon.jit
-def block_at(index, num_m, nheads):
-    """(query block, head, batch) of a program that works on one query block of one head."""
+def block_of_program(num_m, nheads):
+    """(query block, head, batch) of a program that works on one query block of one head.
+
+    From the last head to the first: the products begin with what the cache still holds of the first, and end with the last.
+    """
+    index = gl.num_programs(0) - 1 - gl.program_id(0)
     batch_head = index // num_m
     return index % num_m, batch_head % nheads, batch_head // nheads
 
@@ -62,7 +66,7 @@ def attn_bwd_rows_kernel(
     """delta = rowsum(dout * out) - dlse of one query block, and zeros where its dq will be summed and its turns counted."""
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
-    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
+    m_block, head, batch = block_of_program(num_m, nheads)
     span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
     if m_block * BLOCK_M < span.seqlen_q:
         rows = m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout)
@@ -89,7 +93,7 @@ def attn_bwd_convert_kernel(
 ):  # fmt: skip
     """dq of one query block from its sum in the workspace."""
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
-    m_block, head, batch = block_at(gl.program_id(0), num_m, nheads)
+    m_block, head, batch = block_of_program(num_m, nheads)
     span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
     order: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     layout: gl.constexpr = row_major_layout(PART)

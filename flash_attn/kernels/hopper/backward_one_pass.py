@@ -30,15 +30,19 @@ tile does not wait for rows that it does not see, and two more warps hand the tu
 from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.dropout import kept_scale
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
-from flash_attn.kernels.algebra.softmax import softmax_backward
 from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, store_gradient
 from flash_attn.kernels.hopper.backward_dq_sum import PART, first_dq_block, in_register_order, part_pointer
 from flash_attn.kernels.hopper.backward_tiles import (
+    allocate_key_words,
     allocate_statistics,
     first_group_block,
     next_group_block,
+    score_gradient,
     tile_weights,
+    transposed_bits,
+    value_weights,
 )
 from flash_attn.kernels.hopper.columns import (
     accumulate_columns,
@@ -181,7 +185,8 @@ def turn_partition(
 @gluon.jit
 def accumulate(
     k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin, end,
-    full_begin, full_end, head, batch, first_block, num_dq_blocks, turn, turn_count, span, window, work, score,
+    full_begin, full_end, head, batch, first_block, num_dq_blocks, turn, turn_count, span, window, work, score, key_words,
+    dropout,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end), and dq but for the last."""
@@ -217,16 +222,17 @@ def accumulate(
         rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end) | ends
         lse = row_lse.index(slot).load(lanes)[None, :]
-        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope)
+        bits = transposed_bits(dropout, key_words, slot, m_block * BLOCK_M, first_key, layout, BLOCK_M)
+        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope, dropout, bits)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         delta = row_delta.index(slot).load(lanes)[None, :]
-        ds = softmax_backward(sensitivity, dp, delta).to(dtype)
+        ds = score_gradient(sensitivity, dp, delta, dropout).to(dtype)
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)  # of the block before, maybe in the tile before
         mbarrier.wait(dout_ring.empty.index(old_slot), old_phase)
         matrix(ds_ring, slot * 2 + CONSUMER, WARPGROUP_ROWS, BLOCK_M).store(ds)
         fence_async_shared()
         mbarrier.arrive(ds_ring.full.index(slot * 2 + CONSUMER), count=1)
-        p = gl.convert_layout(weights.to(dtype), operand)
+        p = gl.convert_layout(value_weights(weights, dropout).to(dtype), operand)
         dv = accumulate_columns(p, dout_tile, dv, WIDTH)
         ds = gl.convert_layout(ds, operand)
         mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
@@ -254,7 +260,7 @@ def accumulate(
 @gluon.jit
 def one_pass_partition(
     dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse,
-    row_delta, work, window, score,
+    row_delta, key_words, work, window, score, dropout,
     CONSUMER: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -278,13 +284,14 @@ def one_pass_partition(
         dk, dv, last, slot, phase, turn_count = accumulate(
             k_ring, v_ring, q_ring, dout_ring, ds_ring, row_lse, row_delta, dq_sum, k_slot, slot, phase, first_key, begin,
             end, full_begin, full_end, head_k * work.group, batch, first_block, num_dq_blocks, turn, turn_count, span, window,
-            work, score, CONSUMER, BLOCK_M, HEAD_DIM_PAD, WIDTH,
+            work, score, key_words, dropout, CONSUMER, BLOCK_M, HEAD_DIM_PAD, WIDTH,
         )  # fmt: skip
         old_slot, old_phase = slot ^ 1, phase ^ (slot ^ 1)
         mbarrier.wait(ds_ring.full.index(old_slot * 2 + 1 - CONSUMER), old_phase)
         dq = product_dq(ds_ring, k_ring, old_slot, k_slot, CONSUMER, BLOCK_M, HEAD_DIM_PAD)
         buffer = v_ring.buffers.index(v_index)
-        store_gradient(dv_desc, buffer, dv, 1.0, first_key, span, batch, head_k, HEAD_DIM_PAD, WIDTH, PACKED)
+        dv_scale = kept_scale(dropout)
+        store_gradient(dv_desc, buffer, dv, dv_scale, first_key, span, batch, head_k, HEAD_DIM_PAD, WIDTH, PACKED)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_ring.empty.index(k_slot * 2), count=1)
         mbarrier.arrive(k_ring.empty.index(k_slot * 2 + 1), count=1)
@@ -300,7 +307,7 @@ def one_pass_partition(
 
 @gluon.jit(do_not_specialize=[*SIZES, "num_dq_blocks", "num_m"])
 def attn_bwd_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, turns, softmax_lse, delta, sequences, score, counter,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, dq_sum, turns, softmax_lse, delta, sequences, score, dropout, counter,
     num_dq_blocks, num_m, num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left,
     window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, AHEAD: gl.constexpr,
@@ -317,6 +324,7 @@ def attn_bwd_kernel(
     dout_ring = allocate_ring(dout_desc, STAGES, 2, 2)
     row_lse = allocate_statistics(STAGES, BLOCK_M)
     row_delta = allocate_statistics(STAGES, BLOCK_M)
+    key_words = allocate_key_words(dropout, STAGES, row_lse)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WARPGROUP_ROWS, BLOCK_M], q_desc.dtype)
     ds_buffers = gl.allocate_shared_memory(q_desc.dtype, [STAGES * 2, WARPGROUP_ROWS, BLOCK_M], ds_layout)
     ds_ring = Ring(ds_buffers, allocate_barriers(STAGES * 2, 1), dout_ring.empty)
@@ -326,13 +334,13 @@ def attn_bwd_kernel(
         turn = Turn(given, taken, allocate_barriers(TURN_STAGES, 1))
         gl.warp_specialize([
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
-                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  dout_ring, ds_ring, row_lse, row_delta, key_words, work, window, score, dropout,
                                   0, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, turn, tiles, k_ring, v_ring, q_ring,
-                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  dout_ring, ds_ring, row_lse, row_delta, key_words, work, window, score, dropout,
                                   1, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
-                              dout_ring, row_lse, row_delta, sequences, work, window,
+                              dout_ring, row_lse, row_delta, key_words, sequences, work, window, dropout,
                               2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
             (turn_partition, (turns, turn, num_dq_blocks, num_m, tiles, work, window, False, BLOCK_M, PACKED)),
             (turn_partition, (turns, turn, num_dq_blocks, num_m, tiles, work, window, True, BLOCK_M, PACKED)),
@@ -341,12 +349,12 @@ def attn_bwd_kernel(
         tiles = allocate_tiles(2)
         gl.warp_specialize([
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
-                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  dout_ring, ds_ring, row_lse, row_delta, key_words, work, window, score, dropout,
                                   0, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (one_pass_partition, (dk_desc, dv_desc, dq_sum, num_dq_blocks, num_m, None, tiles, k_ring, v_ring, q_ring,
-                                  dout_ring, ds_ring, row_lse, row_delta, work, window, score,
+                                  dout_ring, ds_ring, row_lse, row_delta, key_words, work, window, score, dropout,
                                   1, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, PACKED)),
             (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring,
-                              dout_ring, row_lse, row_delta, sequences, work, window,
+                              dout_ring, row_lse, row_delta, key_words, sequences, work, window, dropout,
                               2, BLOCK_M, K_STAGES, STAGES, STAGES, True, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

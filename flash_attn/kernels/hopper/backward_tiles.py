@@ -1,22 +1,42 @@
 """What the Hopper backward passes share: the weights of a tile recomputed, and addresses of rows."""
 
+from flash_attn.kernels.algebra.dropout import drop_backward, drop_marked, load_key, mark_dropped, tile_bits
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.locate import row_base, sequence_base
 from flash_attn.kernels.algebra.score import key_distance, score_backward, score_forward, unit_log2
-from flash_attn.kernels.algebra.softmax import softmax_weights
-from flash_attn.kernels.hopper.pipeline import gl, gluon
+from flash_attn.kernels.algebra.softmax import softmax_backward, softmax_weights
+from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, gl, gluon
 
 
 @gluon.jit
-def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope):
+def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope, dropout, bits):
     """(softmax weights, the same times d(score)/d(q . k)) of a tile of dot products, in either orientation; 0 where a row may
-    not see a key."""
+    not see a key, negative where dropped."""
     tile = score_forward(qk, key_distance(rows, cols, span), score, slope)
     if masked:
         lo, hi = key_interval(rows, span, window)
         tile = hide(tile, cols, lo, hi, window)
     weights = softmax_weights(tile, unit_log2(score), row_lse)
+    if dropout.rng_state is not None:
+        weights = mark_dropped(dropout, bits, weights)
     return weights, score_backward(weights, tile, qk, score)
+
+
+@gluon.jit
+def value_weights(weights, dropout):
+    """What multiplied v of the weights of `tile_weights`, but for `kept_scale`."""
+    if dropout.rng_state is not None:
+        weights = drop_marked(weights)
+    return weights
+
+
+@gluon.jit
+def score_gradient(sensitivity, dp, row_delta, dropout):
+    """dS of a tile, from what `tile_weights` says of it and from dP = dO V^T."""
+    if dropout.rng_state is not None:
+        dp = drop_backward(dropout, sensitivity, dp)
+        sensitivity = gl.abs(sensitivity)
+    return softmax_backward(sensitivity, dp, row_delta)
 
 
 @gluon.constexpr_function
@@ -55,6 +75,49 @@ def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = first + gl.arange(0, BLOCK_M, layout=layout)
     return load_rows_statistic(t, span, batch, head, rows, other)
+
+
+@gluon.jit
+def allocate_key_words(dropout, DEPTH: gl.constexpr, unused):
+    """Room in shared memory for dropout's key, three words for each head, of DEPTH query blocks; `unused` without dropout."""
+    if dropout.rng_state is not None:
+        key_words = gl.allocate_shared_memory(gl.uint32, [DEPTH * 3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    else:
+        key_words = unused
+    return key_words
+
+
+@gluon.jit
+def store_key(key_words, slot, dropout, batch_head):
+    """Keep a block's key in its slot, by one warp: once for all consumers, and where heads change in a tile."""
+    if dropout.rng_state is not None:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        words = load_key(dropout, batch_head)
+        for i in gl.static_range(3):
+            key_words.index(slot * 3 + i).store(gl.full([1], words[i], gl.uint32, layout))
+
+
+@gluon.jit
+def stored_key(key_words, slot):
+    """What `store_key` kept."""
+    return _word(key_words, slot * 3), _word(key_words, slot * 3 + 1), _word(key_words, slot * 3 + 2)
+
+
+@gluon.jit
+def _word(key_words, index):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(key_words.index(index).load(layout), 0)
+
+
+@gluon.jit
+def transposed_bits(dropout, key_words, slot, first_row, first_key, layout: gl.constexpr, BLOCK_M: gl.constexpr):
+    """`tile_bits` of a block of queries and one consumer's keys, (64, BLOCK_M), under the words of the block's slot."""
+    bits = 0
+    if dropout.rng_state is not None:
+        row_lanes = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))[None, :]
+        key_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
+        bits = tile_bits(dropout, stored_key(key_words, slot), first_row, row_lanes, first_key, key_lanes)
+    return bits
 
 
 @gluon.jit

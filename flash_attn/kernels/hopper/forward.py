@@ -25,6 +25,7 @@ softmax and the wait for P V, because it would otherwise move that wait above th
 """
 
 from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.algebra.dropout import load_key
 from flash_attn.kernels.algebra.score import load_slope, unit_log2
 from flash_attn.kernels.algebra.softmax import lowest_max
 from flash_attn.kernels.hopper.columns import (
@@ -38,7 +39,7 @@ from flash_attn.kernels.hopper.columns import (
 )
 from flash_attn.kernels.hopper.forward_load import load_partition
 from flash_attn.kernels.hopper.forward_skip import skip_keys, skip_values, unseen_blocks
-from flash_attn.kernels.hopper.forward_tiles import finish, score_block, softmax_step, store_tile
+from flash_attn.kernels.hopper.forward_tiles import drop_block, finish, score_block, softmax_step, store_tile
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
@@ -89,7 +90,8 @@ def tile_follows(tiles, slot, phase, last):
 @gluon.jit
 def attend_blocks(
     q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
-    full_begin, full_end, follows, unread, tiles, next_slot, next_phase, span, window, score, slope, unit,
+    full_begin, full_end, follows, unread, tiles, next_slot, next_phase, span, window, score, slope, unit, dropout,
+    key,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
@@ -113,6 +115,7 @@ def attend_blocks(
         masked = (n_block < full_begin) | (n_block >= full_end)
         tile, offset = score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N)
         p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N)
+        p = drop_block(p, first_row, n_block, dropout, key, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | unread | follows)
         acc = await_columns(acc)
         mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
@@ -125,7 +128,7 @@ def attend_blocks(
 
 @gluon.jit
 def attend_overlapped(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -170,6 +173,7 @@ def attend_overlapped(
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, tile_field(tiles, t_slot, 2), tile_field(tiles, t_slot, 1))
+        key = load_key(dropout, tile_field(tiles, t_slot, 2) * work.nheads + tile_field(tiles, t_slot, 1))
         next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
         follows = tile_follows(tiles, next_slot, next_phase, present & (end - begin == 1))
         tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
@@ -177,8 +181,9 @@ def attend_overlapped(
         k_slot, k_phase = advance(k_slot, k_phase, STAGES)
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile, offset = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
-        inverse_sum, lse = finish(row_max, row_sums, unit, score, tile_field(tiles, old_slot, 1))
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, dropout, tile_field(tiles, old_slot, 1))
         p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
+        p = drop_block(p, first_row, end - 1, dropout, key, BLOCK_N)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | (before > 0) | follows))
         acc = await_columns(acc)
         weights = gl.convert_layout(p.to(dtype), operand)
@@ -197,6 +202,7 @@ def attend_overlapped(
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
             last, full_begin, full_end, follows, before > 0, tiles, next_slot, next_phase, span, window, score, slope, unit,
+            dropout, key,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, before, follows, STAGES)
@@ -212,7 +218,7 @@ def attend_overlapped(
 
 @gluon.jit
 def attend_serially(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -237,6 +243,7 @@ def attend_serially(
         span = announced_span(tiles, t_slot, work, PACKED)
         full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
         slope = load_slope(score, batch, head)
+        key = load_key(dropout, batch * work.nheads + head)
         mbarrier.wait(q_ring.full.index(CONSUMER), q_phase)
         q_phase ^= 1
         mbarrier.wait(k_ring.full.index(k_slot), k_phase)
@@ -247,17 +254,18 @@ def attend_serially(
         masked = (end - 1 < full_begin) | (end - 1 >= full_end)
         tile, offset = score_block(tile, first_row, end - 1, span, window, score, slope, masked, BLOCK_N)
         p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
+        p = drop_block(p, first_row, end - 1, dropout, key, BLOCK_N)
         weights = gl.convert_layout(p.to(dtype), operand)
         mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=end - begin > 1)
         acc = zero_columns(WIDTH)
         weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, _follows = attend_blocks(
             q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            end - 1, full_begin, full_end, False, False, None, 0, 0, span, window, score, slope, unit,
+            end - 1, full_begin, full_end, False, False, None, 0, 0, span, window, score, slope, unit, dropout, key,
             CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
         )  # fmt: skip
         mbarrier.wait(v_ring.full.index(v_slot), v_phase)
         acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        inverse_sum, lse = finish(row_max, row_sums, unit, score, head)
+        inverse_sum, lse = finish(row_max, row_sums, unit, score, dropout, head)
         mbarrier.arrive(tiles.empty.index(t_slot), count=1)
         t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
         mbarrier.wait(tiles.full.index(t_slot), t_phase)
@@ -274,17 +282,17 @@ def attend_serially(
 
 @gluon.jit
 def attend_partition(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
+    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
     if OVERLAP:
         attend_overlapped(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                          CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
+                          dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
     else:
         attend_serially(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                        CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
+                        dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
 
 
 SIZES = [
@@ -295,7 +303,7 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def attn_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, counter,
+    q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, dropout, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
@@ -315,33 +323,33 @@ def attn_fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -5,6 +5,7 @@ hold, and ALiBi is split into what a score needs and what its row's maximum can 
 tests/hopper hold both forms together.
 """
 
+from flash_attn.kernels.algebra.dropout import drop, kept_scale, tile_bits
 from flash_attn.kernels.algebra.interval import hide, key_interval
 from flash_attn.kernels.algebra.score import key_distance, score_forward
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
@@ -111,11 +112,24 @@ def score_block(tile, first_row, n_block, span, window, score, slope, masked, BL
 
 
 @gluon.jit
-def finish(row_max, row_sums, unit, score, head):
+def drop_block(weights, first_row, n_block, dropout, key, BLOCK_N: gl.constexpr):
+    """The weights that multiply v."""
+    if dropout.rng_state is not None:
+        layout: gl.constexpr = weights.type.layout
+        row_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
+        lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))[None, :]
+        bits = tile_bits(dropout, key, first_row, row_lanes, n_block * BLOCK_N, lanes)
+        weights = drop(dropout, bits, weights)
+    return weights
+
+
+@gluon.jit
+def finish(row_max, row_sums, unit, score, dropout, head):
     """(what finishes acc, softmax_lse) from the parts of the row sums."""
     layout: gl.constexpr = row_max.type.layout
     row_sum = gl.convert_layout(gl.sum(row_sums, 1), layout)
-    return softmax_finish(row_max, row_sum, unit, score.sinks, head)
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit, score.sinks, head)
+    return inverse_sum * kept_scale(dropout), lse
 
 
 @gluon.jit
