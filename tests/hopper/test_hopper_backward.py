@@ -61,18 +61,18 @@ FEATURES = {
     "alibi": dict(alibi="bh"),
     "alibi, softcap, band": dict(alibi="h", softcap=3.0, window=(200, 100)),
     "dropout": dict(dropout_p=0.17),
-    "dropout, causal": dict(dropout_p=0.17, causal=True),
     "dropout, softcap, band": dict(dropout_p=0.5, softcap=3.0, window=(200, 100)),
     "dropout, alibi": dict(dropout_p=0.1, alibi="h", causal=True),
 }
 
 
 def features_and_forms() -> list[tuple[str, int, str]]:
-    """With softcap and ALiBi, head dim 64 has two passes alone; where there is one pass, two add little."""
+    """With two of softcap, ALiBi and dropout head dim 64 has two passes alone; where there is one pass, two add little."""
     found = []
     for feature, words in FEATURES.items():
         for headdim in WIDTHS:
-            one_pass = headdim in ONE_PASS and not (headdim == 64 and {"softcap", "alibi"} <= words.keys())
+            crowded = len({"softcap", "alibi", "dropout_p"} & words.keys()) >= 2
+            one_pass = headdim in ONE_PASS and not (headdim == 64 and crowded)
             names = forms(headdim) if feature == "band" else forms(headdim)[:2]
             found += [(feature, headdim, form) for form in (names if one_pass else ["two passes"])]
     return found
