@@ -159,7 +159,7 @@ MIXED_LENGTHS = (8192, 256, 4096, 512, 1024, 256, 2048)  # 16k tokens, as packed
 
 
 def shape_sweep(direction: str) -> list[Case]:
-    """Grouped heads, packed batches, fp16, and head dims that are no power of two."""
+    """Grouped heads, packed batches, fp16, head dims that are no power of two, and narrow windows."""
     llama = {"nheads": 32, "nheads_k": 8, "source": "Llama-3 8B attention, 32 query and 8 key heads"}
     packed = {"layout": "varlen", "source": "packed training batch of 16k tokens"}
     equal = dict(packed, batch=16, lengths=(1024,) * 16)
@@ -172,6 +172,7 @@ def shape_sweep(direction: str) -> list[Case]:
         plain(64, 8192, True, direction, **mixed),
         plain(128, 4096, True, direction, dtype="float16"),
         *(plain(headdim, 4096, True, direction) for headdim in (80, 96, 192)),
+        *(plain(headdim, 16384, True, direction, window=(127, 0)) for headdim in (64, 128)),
     ]
 
 
