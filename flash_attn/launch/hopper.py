@@ -118,7 +118,7 @@ def _narrow(problem: AttentionProblem, width: int) -> bool:
 
 
 def _tile_of_128(problem: AttentionProblem) -> HopperForwardConfig:
-    """The configuration for head dims of 65 to 128: where rows see few keys, most of a large tile is masked."""
+    """The configuration for head dims of 65 to 128: where rows see few keys, much of a large tile is masked."""
     return TWO_SKIPPING if _narrow(problem, NARROW[128]) or _short_causal(problem) else FORWARD[128]
 
 

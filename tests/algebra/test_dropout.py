@@ -175,6 +175,7 @@ def check_marks(device, seed):
     generator = torch.Generator().manual_seed(seed)
     weights, dweights = torch.rand(32, 32, generator=generator), torch.randn(32, 32, generator=generator)
     weights[weights < 0.1] = 0.0
+    weights[5, 7] = math.nan
     out = torch.full((5, 32, 32), math.nan, device=device)
     marks_kernel[(1,)](
         state(seed, 7).to(device),
@@ -189,6 +190,8 @@ def check_marks(device, seed):
     keep = random_bits.keep_mask(
         state(seed, 7), 0.3, torch.tensor([3]), torch.arange(48, 80), torch.arange(4096, 4128)
     )[0]
+    assert by_marks[5, 7].isnan() and (gradient * weights)[5, 7].isnan() and (marked_gradient * weights)[5, 7].isnan()
+    by_bits[5, 7] = by_marks[5, 7] = weights[5, 7] = unmarked[5, 7] = 0.0
     assert torch.equal(by_bits, torch.where(keep, weights, 0.0)) and torch.equal(by_marks, by_bits)
     assert torch.equal(unmarked, weights)
     assert torch.equal(gradient * weights, marked_gradient * weights)

@@ -124,8 +124,14 @@ def mark_dropped(dropout, bits, weights):
 
 @triton.jit
 def drop_marked(marked):
-    """`drop` of what `mark_dropped` marked."""
-    return tl.maximum(marked, 0.0)
+    """`drop` of what `mark_dropped` marked; NaN stays NaN."""
+    if speaks_ptx():
+        kept = tl.inline_asm_elementwise(
+            "max.NaN.f32 $0, $1, 0f00000000;", "=f,f", [marked], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        kept = tl.where(marked < 0.0, 0.0, marked)
+    return kept
 
 
 @triton.jit
