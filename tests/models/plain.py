@@ -41,22 +41,23 @@ def attention(q, k, v, scale, slopes=None):
     return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
 
 
-def angles(seqlen, head_dim, base):
-    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return torch.arange(seqlen, dtype=torch.float64)[:, None] * frequencies
+def rotation(seqlen, head_dim, base):
+    """(cos, sin) of each position and pair of features, computed in fp32 as these models do."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.arange(seqlen, dtype=torch.float32)[:, None] * frequencies
+    return angle.cos().double(), angle.sin().double()
 
 
 def rotated_halves(x, base=10000.0):
     """Feature i of (batch, seqlen, nheads, headdim) with feature i + headdim / 2."""
-    angle = angles(x.shape[1], x.shape[3], base)[:, None]
+    cos, sin = (table[:, None] for table in rotation(x.shape[1], x.shape[3], base))
     first, second = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def rotated_pairs(x, base=10000.0):
     """Features 2 i and 2 i + 1 as a complex number."""
-    turn = torch.polar(torch.ones((), dtype=torch.float64), angles(x.shape[1], x.shape[3], base))[:, None]
+    turn = torch.complex(*rotation(x.shape[1], x.shape[3], base))[:, None]
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
@@ -85,5 +86,5 @@ def loaded(model, state_dict):
 
 
 def same(actual, truth):
-    """All in fp64, but for the tables of the rotation, which are exact to fp32's roundoff, 6e-8."""
-    torch.testing.assert_close(actual, truth, rtol=1e-6, atol=1e-6)
+    """All in fp64, the tables of a rotation in fp32 on both sides."""
+    torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
