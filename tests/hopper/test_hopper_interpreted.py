@@ -1,5 +1,6 @@
 """The Hopper kernels on the CPU, partition by partition: results, and waits that end; see tests.support.gluon_interpreter."""
 
+import itertools
 import math
 import random
 from unittest import mock
@@ -56,6 +57,12 @@ PACKED = {
 }
 
 
+def every_other(*axes):
+    """Half of a product: each value beside each of every other axis."""
+    counted = itertools.product(*map(enumerate, axes))
+    return [tuple(value for _, value in each) for each in counted if sum(i for i, _ in each) % 2 == 0]
+
+
 def check_forward(case: Case, row: str, seed: int) -> None:
     inputs = make_inputs(case, "cpu", seed)
     with launch.pinned(hopper_forward=ROWS[row][1]):
@@ -71,29 +78,29 @@ def check_backward(case: Case, form: str, seed: int) -> None:
 
 
 @here
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row, mask, lengths", every_other(ROWS, MASKS, LENGTHS))
 def test_forward(row, mask, lengths, device, seed):
     check_forward(Case("forward", BF16, ROWS[row][0], 4, 2, *LENGTHS[lengths], **MASKS[mask]), row, seed)
 
 
 @here
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("mask", ["full", "causal", "window"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row, mask, name", every_other(ROWS, ["full", "causal", "window"], PACKED))
 def test_forward_of_packed_batches(row, mask, name, device, seed):
     check_forward(Case(name, FP16, ROWS[row][0], 4, 2, *PACKED[name], "varlen", **MASKS[mask]), row, seed)
 
 
+FEATURES = {
+    "softcap": dict(softcap=3.0),
+    "alibi": dict(alibi="bh"),
+    "sink": dict(sink=FP32),
+    "dropout": dict(dropout_p=0.3),
+}
+
+
 @here
-@pytest.mark.parametrize(
-    "feature", [dict(softcap=3.0), dict(alibi="bh"), dict(sink=FP32), dict(dropout_p=0.3)], ids=str
-)
-@pytest.mark.parametrize("mask", ["causal", "band"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row, mask, feature", every_other(ROWS, ["causal", "band"], FEATURES))
 def test_features_of_a_forward(row, mask, feature, device, seed):
-    case = Case("features", BF16, ROWS[row][0], 2, 1, (257,) * 2, (300,) * 2, **MASKS[mask], **feature)
+    case = Case("features", BF16, ROWS[row][0], 2, 1, (257,) * 2, (300,) * 2, **MASKS[mask], **FEATURES[feature])
     check_forward(case, row, seed)
 
 
