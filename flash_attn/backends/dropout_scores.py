@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from flash_attn.backends.base import Operands
-from flash_attn.backends.fixed_arguments import fixed_arguments, optional_tensors, page_numbers, strides
+from flash_attn.backends.fixed_arguments import fixed_arguments, optional_tensors, page_numbers, strides, tile_constants
 from flash_attn.backends.launcher import Launcher
-from flash_attn.launch.forward import head_dim_pad
+from flash_attn.launch.forward import ForwardConfig
 from flash_attn.problem import AttentionProblem
 
 
@@ -40,15 +40,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / block) * batch_size * q.shape[-2]
-    constants = {
-        "HEAD_DIM": problem.headdim,
-        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
-        "BLOCK_M": block,
-        "BLOCK_N": block,
-        "PRECISION": "ieee",
-        "STAGES": 1,
-    }
-    options = {"num_warps": 4, "num_stages": 1}
+    tile = tile_constants(problem, ForwardConfig(block, block, 4, 1))
     kinds = (
         arguments.Tensor,
         arguments.Tensor,
@@ -58,6 +50,6 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         arguments.Score,
         arguments.Dropout,
     )
-    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, constants, options)
+    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, *tile)
     launch(q, k, scores, *optional_tensors(operands), operands.block_table)
     return scores

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from flash_attn import random_bits
 from flash_attn.backends.base import Operands
+from flash_attn.launch.backward import BackwardConfig
+from flash_attn.launch.forward import ForwardConfig, head_dim_pad
+from flash_attn.problem import AttentionProblem
 
 # of a softcap: sums of exp(50) over 2^20 keys, times values up to 2^30, stay inside the range of fp32, weights in that of bf16
 LARGEST_BOUND = 50.0
@@ -125,3 +128,18 @@ def page_numbers(operands: Operands, block_n: int) -> tuple[int | None, ...]:
     shift = page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None
     whole = table.shape[1] == 1 or (operands.leftpad_k is None and page_size % block_n == 0)
     return table.stride(0), table.shape[1], page_size, num_pages, shift, 1 if whole else None
+
+
+def tile_constants(
+    problem: AttentionProblem, config: ForwardConfig | BackwardConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constexprs of a portable kernel, Triton's launch options)."""
+    constants = {
+        "HEAD_DIM": problem.headdim,
+        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee",
+        "STAGES": config.num_stages,
+    }
+    return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -22,6 +22,7 @@ from flash_attn.backends.fixed_arguments import (
     page_numbers,
     statistic_strides,
     strides,
+    tile_constants,
 )
 from flash_attn.backends.launcher import Launcher, launch_all
 from flash_attn.errors import UnsupportedProblem
@@ -29,7 +30,7 @@ from flash_attn.hardware import Hardware
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
 from flash_attn.launch.decode import few_queries, keys_per_split
-from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad, pipeline_stages, worth_descriptors
+from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages, worth_descriptors
 from flash_attn.problem import AttentionProblem
 
 name = "portable"
@@ -184,7 +185,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         arguments.Score,
         arguments.Dropout,
     )
-    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
+    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, *tile_constants(problem, config))
 
 
 def bind_backward(
@@ -243,7 +244,9 @@ def bind_dq(
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
     kinds = (*[arguments.Tensor] * 10, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
-    return Launcher(attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *_tile(problem, config))
+    return Launcher(
+        attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *tile_constants(problem, config)
+    )
 
 
 def bind_dkdv(
@@ -284,26 +287,15 @@ def bind_dkdv(
 
         num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * batch_size * k.shape[-2]
         kinds = (*[arguments.Tensor] * 8, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
-        return Launcher(attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, kinds, *_tile(problem, config))
+        return Launcher(
+            attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, kinds, *tile_constants(problem, config)
+        )
 
     configs = dkdv_config(problem, hardware, fit)
     if isinstance(configs, BackwardConfig):
         return (launcher(configs, True, True),)
     dk_config, dv_config = configs
     return launcher(dk_config, True, False), launcher(dv_config, False, True)
-
-
-def _tile(problem: AttentionProblem, config: ForwardConfig | BackwardConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the kernel's constexprs, Triton's launch options)."""
-    constants = {
-        "HEAD_DIM": problem.headdim,
-        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": "ieee",
-        "STAGES": config.num_stages,
-    }
-    return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def _descriptors_fit(problem: AttentionProblem, hardware: Hardware, *looped: Tensor) -> bool:

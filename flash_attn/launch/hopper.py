@@ -165,20 +165,24 @@ def _choose_backward(problem: AttentionProblem) -> HopperOnePassConfig | HopperT
     config = _one_pass(problem, pad, group)
     if config is not None:
         return config
-    dq, dkdv = TWO_PASS[pad][problem.softcap + problem.alibi + problem.dropout >= CROWDED[pad]]
+    dq, dkdv = TWO_PASS[pad][_features(problem) >= CROWDED[pad]]
     heads = _heads_in_turn(problem, pad, group)
     return HopperTwoPassConfig(
         dq._replace(heads_together=heads), tuple(each._replace(heads_together=heads) for each in dkdv)
     )
 
 
+def _features(problem: AttentionProblem) -> int:
+    """How many of softcap, ALiBi and dropout a gradient holds registers for."""
+    return problem.softcap + problem.alibi + problem.dropout
+
+
 def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassConfig | None:
     """The configuration of one pass where that serves the problem best."""
     config = ONE_PASS.get(pad)
-    crowded = problem.softcap + problem.alibi + problem.dropout >= 2
-    if config is None or (crowded and config.block_m == 128):
+    if config is None or (_features(problem) >= 2 and config.block_m == 128):
         return None
-    plain = problem.window == (None, 0) and not (problem.softcap or problem.alibi or problem.dropout)
+    plain = problem.window == (None, 0) and not _features(problem)
     if pad == 128 and plain and max(problem.seqlen_q, problem.seqlen_k) <= SHORT_TWO_PASS:
         return None
     if pad == 128 and problem.seqlen_q * group > (LONG_CAUSAL if problem.causal else LONG):

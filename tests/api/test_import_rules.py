@@ -40,7 +40,7 @@ RULES = {
     "backends.base": Rule(("problem", "hardware")),
     "backends.launcher": Rule(("hardware",), ("torch", "triton")),
     "backends.tensor_maps": Rule((), ("torch", "triton")),
-    "backends.fixed_arguments": Rule(("backends.base", "random_bits")),
+    "backends.fixed_arguments": Rule(("backends.base", "random_bits", "problem", "launch")),
     "backends.dropout_scores": Rule(
         (
             "backends.base",
