@@ -33,7 +33,8 @@ HOPPER_CASES = [
     Case("one-pass-128", BF16, 128, 2, 2, (129,), (193,)),
     Case("two-passes-256", BF16, 256, 4, 2, (200,), (70,), causal=True),
     Case("padded", FP16, 72, 2, 1, (97, 97), (161, 161), window=(40, 9), strides="transposed"),
-    Case("scores", FP16, 64, 2, 1, (130,), (257,), softcap=3.0, alibi="bh"),
+    Case("scores", FP16, 64, 2, 1, (130,), (257,), softcap=3.0, alibi="bh", dropout_p=0.2),
+    Case("dropout", BF16, 64, 4, 2, (200,), (330,), causal=True, dropout_p=0.1),
     Case("varlen-64", BF16, 64, 4, 2, (65, 0, 1, 330), (65, 7, 129, 0), "varlen", causal=True),
     Case("varlen-128", BF16, 128, 4, 2, (1, 200, 0, 130), (129, 200, 5, 64), "varlen", causal=True),
 ]
