@@ -184,6 +184,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "PING_PONG": config.ping_pong,
         "DRAW_AHEAD": config.draw_ahead,
         "REGISTERS": config.registers,
+        "Q_IN_REGISTERS": config.q_in_registers,
     }
     num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0
     kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Score, arguments.Dropout)

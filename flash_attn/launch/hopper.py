@@ -28,6 +28,7 @@ class HopperForwardConfig(NamedTuple):
     overlap: bool  # run the end of a tile beside the start of the next; needs a second Q and a buffer for out
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
+    q_in_registers: bool  # products read Q from there, not from shared memory; for head dims up to 64
     tiles_together: int = TILES_TOGETHER  # of whole heads, drawn in turn
     draw_ahead: int = DRAW_AHEAD
 
@@ -130,23 +131,32 @@ def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     """The configuration for head dims up to 64: large tiles read keys less often, but waste rows on the diagonal and behind the
     last one; many warps hide what each waits for, but leave few registers to each."""
     causal, window = problem.causal, problem.window[0] is not None
-    longest = problem.seqlen_q if causal else max(problem.seqlen_q, problem.seqlen_k)
+    longest = max(problem.seqlen_q, problem.seqlen_k)
     if _narrow(problem, NARROW[64]) or _short_causal(problem):
-        return TWO_SKIPPING
+        return TWO_SKIPPING_Q
     if problem.dropout:
-        short = (causal and longest <= SHORT_CAUSAL) or _narrow(problem, SHORT_CAUSAL)
-        return TWO_SKIPPING if short else TWO_CONSUMERS._replace(ping_pong=True)
-    if (problem.alibi and (causal or problem.softcap)) or (window and problem.softcap):
-        return TWO_CONSUMERS
-    if window and not causal:
+        short = (causal and problem.seqlen_q <= SHORT_DROPOUT) or _narrow(problem, SHORT_DROPOUT)
+        return TWO_SKIPPING_Q if short else TWO_DROPPING
+    if problem.softcap and (window or problem.alibi):
         return THREE_SKIPPING
-    if longest <= (SHORT_CAUSAL if causal and not problem.softcap else SHORT):
+    if problem.alibi and causal:
+        return TWO_IN_TURN
+    if window and (not causal or _narrow(problem, WIDE)):
+        return THREE_SKIPPING
+    if causal:
+        return _causal_tile_of_64(problem, longest)
+    if longest <= (SHORT if problem.softcap or problem.alibi else MEDIUM):
         return TWO_CONSUMERS
-    if causal and (window or problem.softcap or longest <= MEDIUM_CAUSAL):
+    return FOUR_CONSUMERS if problem.softcap or longest <= MEDIUM else FORWARD[64]
+
+
+def _causal_tile_of_64(problem: AttentionProblem, longest: int) -> HopperForwardConfig:
+    """With a causal mask, a wide window or none, and softcap or no feature."""
+    if problem.softcap or problem.window[0] is not None:
         return FOUR_SKIPPING
-    if problem.softcap or (not causal and longest <= MEDIUM):
-        return FOUR_CONSUMERS
-    return FORWARD[64]
+    if longest <= SHORT_CAUSAL:
+        return TWO_IN_TURN
+    return FOUR_SKIPPING if problem.seqlen_q <= MEDIUM_CAUSAL else FORWARD[64]
 
 
 def hopper_backward_config(problem: AttentionProblem) -> HopperOnePassConfig | HopperTwoPassConfig:
@@ -256,26 +266,32 @@ ONE_PASS = {64: HopperOnePassConfig(128, 2, 240, 1), 128: HopperOnePassConfig(64
 
 # H200, bf16, 16k tokens, hidden 2048, 2026-11-22
 FORWARD = {
-    64: HopperForwardConfig(3, 128, 2, True, True, 160),
-    128: HopperForwardConfig(2, 128, 2, True, True, 240),
-    256: HopperForwardConfig(2, 64, 2, False, False, 240),
+    64: HopperForwardConfig(3, 128, 2, True, True, 160, False),
+    128: HopperForwardConfig(2, 128, 2, True, True, 240, False),
+    256: HopperForwardConfig(2, 64, 2, False, False, 240, False),
 }
-# Where larger tiles waste more than they gain, or causal ALiBi, dropout or a window with a softcap want more than the registers
-# of three or four consumers' threads. A third stage is worth 8 % at 1k tokens. 2026-11-23
-TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240)
-# Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 1 % over two consumers
-# at 1k tokens, 4 to 10 % with a softcap, which waits for two exponentials a score. 2026-11-30
-FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112)
-# Under a mask each consumer skips the blocks that none of its rows sees, which it cannot while they take turns: 2 % over two
-# consumers at 2k causal tokens, 6 and 12 % with windows of 256 and 1024 keys; over four in turn 3 % at 4k causal tokens, 4 %
-# with a softcap. Level at 1k and 8k causal tokens. 2026-11-30
-FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112)
-# The same with smaller tiles, of which narrow windows and short causal sequences mask less. 4k tokens and windows of 128, 256
-# and 512 keys: 14, 10, -2 % over four at head dim 64; 22, 16, 3 % over two in turn at 128. Bands of 129, 257 and 513 keys
-# at head dim 64: 42, 17 and 7 % over two, three consumers 33, 10 and 11. 512 causal tokens 4 %, with dropout 25. 2026-11-30
-TWO_SKIPPING = HopperForwardConfig(2, 64, 4, True, False, 240)
-THREE_SKIPPING = HopperForwardConfig(3, 64, 5, True, False, 160)
-# keys that a row sees at most, up to which two consumers that skip are the fastest; above 576 tiles in turn are at head dim 128
-NARROW = {64: 320, 128: 576}
-# tokens up to which two consumers, and then four, are the fastest
-SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL = 512, 1024, 1024, 4096
+# Where larger tiles waste more than they gain. A third stage is worth 8 % at 1k tokens (2026-11-23), Q in registers, for which
+# only two consumers have room, 2 % over four consumers at 512 to 1024 tokens. Where rows see fewer keys the later they come,
+# turns are worth another 1 %, 4 % with ALiBi at 4k tokens and 14 at 16k: 3 % over four that skip at 1k and 1.5k causal tokens.
+# Dropout wants the registers itself, 4 % at 4k. 2026-11-30
+TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240, True)
+TWO_IN_TURN = TWO_CONSUMERS._replace(ping_pong=True)
+TWO_DROPPING = TWO_IN_TURN._replace(q_in_registers=False)
+# Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 4 to 10 % with a softcap,
+# which waits for two exponentials a score. 2026-11-30
+FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112, False)
+# Under a mask each consumer skips the blocks that none of its rows sees, which it cannot while they take turns: 3 % over four
+# in turn at 4k causal tokens, 4 % with a softcap; 2 % over two consumers at 3k. Level at 8k. 2026-11-30
+FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112, False)
+# The same with smaller tiles, of which windows and short causal sequences mask less. 4k tokens: three consumers are 4 % faster
+# than four with a window of 512 keys, 5 % with a band of 513, 10 with a softcap and 1024 keys, level without; two are 8 %
+# faster than three with 128 keys, level with 256; at head dim 128 22, 16 and 3 % than two in turn with 128, 256 and 512 keys.
+# 512 causal tokens 4 %, with dropout 25. 2026-11-30
+THREE_SKIPPING = HopperForwardConfig(3, 64, 5, True, False, 160, True)
+TWO_SKIPPING = HopperForwardConfig(2, 64, 4, True, False, 240, False)
+TWO_SKIPPING_Q = TWO_SKIPPING._replace(q_in_registers=True)
+# keys that a row sees at most, up to which two consumers that skip are the fastest, above 576 tiles in turn at head dim 128;
+# and up to which three are at 64
+NARROW, WIDE = {64: 256, 128: 576}, 1024
+# tokens up to which two consumers, and then four, are the fastest; with dropout two that skip
+SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL, SHORT_DROPOUT = 512, 1024, 2048, 4096, 1024

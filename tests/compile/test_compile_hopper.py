@@ -28,7 +28,10 @@ from flash_attn.launch.hopper import (  # noqa: E402
     THREE_SKIPPING,
     TILES_TOGETHER,
     TWO_CONSUMERS,
+    TWO_DROPPING,
+    TWO_IN_TURN,
     TWO_SKIPPING,
+    TWO_SKIPPING_Q,
     head_dim_pad,
     hopper_forward_config,
 )
@@ -81,7 +84,7 @@ class Variant:
 def variants() -> list[Variant]:
     """Every row of the launch tables as it is; then every feature, in turn over the rows and the dtypes."""
     rows = [(headdim, causal, LONG) for headdim in FORWARD for causal in (False, True)]
-    rows += [(64, True, SHORT_CAUSAL), (64, True, MEDIUM_CAUSAL), (64, False, SHORT), (64, False, MEDIUM)]
+    rows += [(64, True, SHORT_CAUSAL), (64, True, MEDIUM_CAUSAL), (64, False, MEDIUM)]
     rows += [(64, True, SHORT), (128, True, SHORT)]
     plain = [Variant(headdim, causal, seqlen=seqlen) for headdim, causal, seqlen in rows]
     turns, dtypes = cycle(rows), cycle(("float16", "bfloat16"))
@@ -96,7 +99,7 @@ def variants() -> list[Variant]:
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
-    masks += [Variant(64, causal, "left") for causal in (False, True)]
+    masks += [Variant(64, causal, "left") for causal in (False, True)] + [Variant(64, False, "softcap")]
     dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *dropped]))
 
@@ -172,8 +175,8 @@ def test_the_variants_cover_the_tables_and_the_features():
     chosen = {
         hopper_forward_config(operands_of(variant)[0])._replace(tiles_together=TILES_TOGETHER) for variant in variants()
     }
-    configs = {*FORWARD.values(), TWO_CONSUMERS, FOUR_CONSUMERS, TWO_SKIPPING, THREE_SKIPPING, FOUR_SKIPPING}
-    configs.add(TWO_CONSUMERS._replace(ping_pong=True))
+    configs = {*FORWARD.values(), TWO_CONSUMERS, TWO_IN_TURN, TWO_DROPPING, FOUR_CONSUMERS}
+    configs |= {TWO_SKIPPING, TWO_SKIPPING_Q, THREE_SKIPPING, FOUR_SKIPPING}
     assert chosen == {config._replace(tiles_together=TILES_TOGETHER) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}

@@ -17,7 +17,9 @@ CONSUMERS * 64 query rows of one head from a counter in global memory until ther
 With OVERLAP (head dims up to 128) the last product with V of a tile runs beside the first product with K of the next one,
 so that short sequences do not drain the tensor cores; q then has two slots and out a buffer of its own. At head dim 256
 shared memory has room for neither: a tile is finished first, and out leaves through Q's buffer. Products and accumulators are
-WIDTH columns wide, in two parts where that is no power of two; tiles in shared memory are padded to HEAD_DIM_PAD.
+WIDTH columns wide, in two parts where that is no power of two; tiles in shared memory are padded to HEAD_DIM_PAD. With
+Q_IN_REGISTERS, for one part, consumers read their Q once a tile and Q K^T takes only K from shared memory, at 64 bytes a cycle
+in place of 96 (128 keys a step) or of all 128 that there are (64).
 
 Two things here are written for ptxas (12.8): the K/V loop is one loop with a uniform branch around the mask, because it
 miscompiles two sibling loops that share a tensor-core descriptor; and the spin on the next K's barrier stands between a
@@ -130,7 +132,7 @@ def attend_blocks(
 def attend_overlapped(
     o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer, with OVERLAP: the first key block of a tile runs beside the last values of the tile before."""
     BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
@@ -164,6 +166,8 @@ def attend_overlapped(
         q_index = q_slot * CONSUMERS + CONSUMER
         q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
         mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
+        if Q_IN_REGISTERS:
+            q_tile = q_tile.load(gl.DotOperandLayout(0, tile_layout, 2))
         if PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
         tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
@@ -284,12 +288,13 @@ def attend_serially(
 def attend_partition(
     o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One consumer."""
     if OVERLAP:
         attend_overlapped(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                          dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
+                          dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, Q_IN_REGISTERS,
+                          PACKED)  # fmt: skip
     else:
         attend_serially(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
                         dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
@@ -307,6 +312,7 @@ def attn_fwd_kernel(
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
@@ -323,33 +329,33 @@ def attn_fwd_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, PACKED)),
+                      dropout, 3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
             (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
                               CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
