@@ -125,12 +125,14 @@ def measure_memory(provider: Provider, case: Case, device: torch.device) -> list
 def first_call(problem: str, provider_name: str, device: torch.device) -> dict[str, Any]:
     """Seconds of the first forward and the first backward of a problem in this process.
 
-    Another problem runs before it, so that what a compiler does once a machine is stated apart, as `setup_s`.
+    Another problem runs before it, so that what a compiler does once a machine is stated apart, as `setup_s`; and another
+    gradient, for which PyTorch imports sympy: 2.4 s where Python may not keep its bytecode (H200's machine, 2026-11-30).
     """
     provider = PROVIDERS[provider_name]
     other = small_problem(32, 64, False, "forward", dtype="float16")
     case = small_problem(**{"seqlen": 1024, "causal": True, "direction": "backward"} | FRESH[problem])
     other_inputs, inputs = make_inputs(other, device), make_inputs(case, device)
+    x = torch.ones(1, device=device, requires_grad=True)
     synchronize(device)
     moments = [time.perf_counter()]
 
@@ -140,6 +142,7 @@ def first_call(problem: str, provider_name: str, device: torch.device) -> dict[s
 
     with provider.scope():
         provider.forward(other, other_inputs)
+        torch.autograd.grad(2 * x, x, torch.ones_like(x))
         finish()
         out = provider.forward(case, inputs)
         finish()

@@ -137,12 +137,10 @@ def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     if problem.dropout:
         short = (causal and problem.seqlen_q <= SHORT_DROPOUT) or _narrow(problem, SHORT_DROPOUT)
         return TWO_SKIPPING_Q if short else TWO_DROPPING
-    if problem.softcap and (window or problem.alibi):
+    if window and (problem.softcap or problem.alibi or not causal or _narrow(problem, WIDE)):
         return THREE_SKIPPING
-    if problem.alibi and causal:
-        return TWO_IN_TURN
-    if window and (not causal or _narrow(problem, WIDE)):
-        return THREE_SKIPPING
+    if problem.alibi and (problem.softcap or causal):
+        return THREE_SKIPPING if problem.softcap and causal and longest > SHORT_CAUSAL else TWO_IN_TURN
     if causal:
         return _causal_tile_of_64(problem, longest)
     if longest <= (SHORT if problem.softcap or problem.alibi else MEDIUM):

@@ -48,25 +48,37 @@ def visible(rows, cols, span, window):
 
 @triton.jit
 def hide(tile, cols, lo, hi, window):
-    """Scores of keys outside [lo, hi) as -inf; all broadcast to the tile.
+    """Scores of keys outside [lo, hi) as -inf; all broadcast to the tile."""
+    tile = hide_behind(tile, cols, hi)
+    if window.left is not None:
+        tile = hide_before(tile, cols, lo)
+    return tile
 
-    In PTX comparisons and selections, where the compiler would pack the comparisons of a tile into words first.
-    """
+
+@triton.jit
+def hide_behind(tile, cols, hi):
+    """Scores of keys hi and above as -inf; as in `hide_before` by a comparison and a selection in PTX, where the compiler would
+    pack the comparisons of a tile into words first."""
     if speaks_ptx():
         tile = tl.inline_asm_elementwise(
             "{ .reg .pred seen; setp.lt.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
             "=f,f,r,r", [tile, cols, hi], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-        if window.left is not None:
-            tile = tl.inline_asm_elementwise(
-                "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
-                "=f,f,r,r", [tile, cols, lo], dtype=tl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
     else:
-        seen = cols < hi
-        if window.left is not None:
-            seen = seen & (cols >= lo)
-        tile = tl.where(seen, tile, float("-inf"))
+        tile = tl.where(cols < hi, tile, float("-inf"))
+    return tile
+
+
+@triton.jit
+def hide_before(tile, cols, lo):
+    """Scores of keys below lo as -inf."""
+    if speaks_ptx():
+        tile = tl.inline_asm_elementwise(
+            "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
+            "=f,f,r,r", [tile, cols, lo], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        tile = tl.where(cols >= lo, tile, float("-inf"))
     return tile
 
 

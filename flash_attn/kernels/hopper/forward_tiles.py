@@ -6,7 +6,7 @@ tests/hopper hold both forms together.
 """
 
 from flash_attn.kernels.algebra.dropout import drop, kept_scale, tile_bits
-from flash_attn.kernels.algebra.interval import hide, key_interval
+from flash_attn.kernels.algebra.interval import hide, hide_before, hide_behind, key_interval
 from flash_attn.kernels.algebra.score import key_distance, score_forward
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.columns import scale_columns, store_columns
@@ -84,7 +84,7 @@ def tile_pivot(pivot, offset, unit, tile, score, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def score_block(tile, first_row, n_block, span, window, score, slope, masked, BLOCK_N: gl.constexpr):
+def score_block(tile, first_row, n_block, full_begin, full_end, span, window, score, slope, BLOCK_N: gl.constexpr):
     """(scores of one block of dot products, -inf where a row may not see a key; what they lack, (64, 8) for each column of a
     group of 8, or 0).
 
@@ -93,7 +93,6 @@ def score_block(tile, first_row, n_block, span, window, score, slope, masked, BL
     """
     layout: gl.constexpr = tile.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))
-    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     first_col = n_block * BLOCK_N
     grouped = tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8)
     groups_layout: gl.constexpr = grouped.type.layout
@@ -105,10 +104,27 @@ def score_block(tile, first_row, n_block, span, window, score, slope, masked, BL
         grouped = score_forward(grouped, gl.expand_dims(nearest, 1) - groups, score, slope)
         offset = 0.0
     tile = gl.convert_layout(grouped.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
-    if masked:
-        lo, hi = key_interval(rows, span, window)
-        tile = hide(tile, lanes[None, :], (lo - first_col)[:, None], (hi - first_col)[:, None], window)
-    return tile, offset
+    return mask_block(tile, rows, n_block, full_begin, full_end, span, window, BLOCK_N), offset
+
+
+@gluon.jit
+def mask_block(tile, rows, n_block, full_begin, full_end, span, window, BLOCK_N: gl.constexpr):
+    """Scores of a block, -inf where a row may not see a key. With a window only the side that the block crosses is looked at:
+    it may cross both only where none of the blocks is full."""
+    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, tile.type.layout))[None, :]
+    first_col = n_block * BLOCK_N
+    if window.left is None:
+        if (n_block < full_begin) | (n_block >= full_end):
+            lo, hi = key_interval(rows, span, window)
+            tile = hide(tile, lanes, (lo - first_col)[:, None], (hi - first_col)[:, None], window)
+    else:
+        if (n_block >= full_end) | (full_begin == full_end):
+            _lo, hi = key_interval(rows, span, window)
+            tile = hide_behind(tile, lanes, (hi - first_col)[:, None])
+        if n_block < full_begin:
+            lo, _hi = key_interval(rows, span, window)
+            tile = hide_before(tile, lanes, (lo - first_col)[:, None])
+    return tile
 
 
 @gluon.jit
