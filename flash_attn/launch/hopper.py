@@ -275,7 +275,7 @@ FORWARD = {
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240, True)
 TWO_IN_TURN = TWO_CONSUMERS._replace(ping_pong=True)
 TWO_DROPPING = TWO_IN_TURN._replace(q_in_registers=False)
-# Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 4 to 10 % with a softcap,
+# Half the keys a step, so that 112 registers hold it, and twice the warps to hide what each waits for: 4 to 10 % with softcap,
 # which waits for two exponentials a score. 2026-11-30
 FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112, False)
 # Under a mask each consumer skips the blocks that none of its rows sees, which it cannot while they take turns: 3 % over four
