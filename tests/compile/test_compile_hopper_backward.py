@@ -63,7 +63,7 @@ KINDS = {  # of the sum of dq: whether causal, and features
         (False, "lse_gradient"),
         (True, "dropout"),
     ],
-    "in order": [(True, "plain"), (True, "scores"), (False, "plain"), (True, "varlen"), (True, "dropout")],
+    "in order": [(True, "plain"), (True, "scores"), (True, "varlen")],
     "two passes": [(True, "plain"), (True, "scores"), (True, "dropout")],
 }
 

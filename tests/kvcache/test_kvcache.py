@@ -24,7 +24,7 @@ def device(request):
     calls.placed(
         {
             "cpu": CACHE_CASES + SINK_CACHE_CASES[::3],
-            "gpu": CACHE_CASES + SINK_CACHE_CASES,
+            "gpu": CACHE_CASES + SINK_CACHE_CASES[::2],
             "interpreter": SMALL_CACHE_CASES + SMALL_SINK_CACHE_CASES,
         }
     ),
