@@ -55,6 +55,7 @@ FEATURES = {
     "left": ("left",),
     "band": ("left", "right"),
     "narrow": ("narrow",),
+    "wide": ("wide",),
     "softcap": ("softcap",),
     "alibi": ("alibi",),
     "varlen": ("varlen", "gqa"),
@@ -99,7 +100,7 @@ def variants() -> list[Variant]:
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
-    masks += [Variant(64, causal, "left") for causal in (False, True)] + [Variant(64, False, "softcap")]
+    masks += [Variant(64, causal, "left") for causal in (False, True)] + [Variant(64, False, "softcap"), Variant(64, True, "wide")]
     dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *dropped]))
 
@@ -121,8 +122,7 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
         "leftpad_k": _meta(batch_size, dtype=torch.int32) if "leftpad_k" in features else None,
     }
     left, right = (1000 if side in features else -1 for side in ("left", "right"))
-    if "narrow" in features:
-        left = 64
+    left = {"narrow": 64, "wide": 2000}.get(variant.feature, left)
     dropout_p = 0.1 if "dropout" in features else 0.0
     softcap = 30.0 if "softcap" in features else 0.0
     longest = dict(max_seqlen_q=variant.seqlen, max_seqlen_k=variant.seqlen)
