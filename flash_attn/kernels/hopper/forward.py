@@ -77,6 +77,18 @@ def product_qk(q_tile, k_ring, slot, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.con
 
 
 @gluon.jit
+def own_queries(
+    q_ring, index, phase, present, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, IN_REGISTERS: gl.constexpr
+):
+    """Wait for a consumer's Q of a tile that is present: (64, HEAD_DIM_PAD) in shared memory, or read into registers."""
+    q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
+    mbarrier.wait(q_ring.full.index(index), phase, pred=present)
+    if IN_REGISTERS:
+        q_tile = q_tile.load(gl.DotOperandLayout(0, accumulator_layout(BLOCK_N), 2))
+    return q_tile
+
+
+@gluon.jit
 def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr):
     """Issue O += P V."""
     return accumulate_columns(weights, matrix(v_ring, slot, BLOCK_N, HEAD_DIM_PAD), acc, WIDTH)
@@ -163,10 +175,7 @@ def attend_overlapped(
         k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, behind, True, STAGES)
         begin, end, unread = begin + before, end - behind, unread + behind
         q_index = q_slot * CONSUMERS + CONSUMER
-        q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-        mbarrier.wait(q_ring.full.index(q_index), q_phase, pred=present)
-        if Q_IN_REGISTERS:
-            q_tile = q_tile.load(gl.DotOperandLayout(0, tile_layout, 2))
+        q_tile = own_queries(q_ring, q_index, q_phase, present, BLOCK_N, HEAD_DIM_PAD, Q_IN_REGISTERS)
         if PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
         tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
