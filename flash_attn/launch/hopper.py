@@ -268,9 +268,9 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240, False),
     256: HopperForwardConfig(2, 64, 2, False, False, 240, False),
 }
-# Where larger tiles waste more than they gain. A third stage is worth 8 % at 1k tokens (2026-11-23), Q in registers, for which
-# only two consumers have room, 2 % over four consumers at 512 to 1024 tokens. Where rows see fewer keys the later they come,
-# turns are worth another 1 %, 4 % with ALiBi at 4k tokens and 14 at 16k: 3 % over four that skip at 1k and 1.5k causal tokens.
+# Where larger tiles waste more than they gain. A third stage is worth 8 % at 1k tokens (2026-11-23). Q in registers, for which
+# four consumers or 128 keys for three leave no room: 2 % over four consumers at 1k tokens. Under a causal mask turns are worth
+# 1 % on top, with ALiBi 4 % at 4k tokens and 14 at 16k; 3 % over two that read Q from shared memory at 1k and 1.5k tokens.
 # Dropout wants the registers itself, 4 % at 4k. 2026-11-30
 TWO_CONSUMERS = HopperForwardConfig(2, 128, 3, True, False, 240, True)
 TWO_IN_TURN = TWO_CONSUMERS._replace(ping_pong=True)
@@ -282,9 +282,9 @@ FOUR_CONSUMERS = HopperForwardConfig(4, 64, 3, True, True, 112, False)
 # in turn at 4k causal tokens, 4 % with a softcap; 2 % over two consumers at 3k. Level at 8k. 2026-11-30
 FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112, False)
 # The same with smaller tiles, of which windows and short causal sequences mask less. 4k tokens: three consumers are 4 % faster
-# than four with a window of 512 keys, 5 % with a band of 513, 10 with a softcap and 1024 keys, level without; two are 8 %
-# faster than three with 128 keys, level with 256; at head dim 128 22, 16 and 3 % than two in turn with 128, 256 and 512 keys.
-# 512 causal tokens 4 %, with dropout 25. 2026-11-30
+# than four with a window of 512 keys and level with 1024, 5 % than those without Q in registers with a band of 513, 9 % than
+# two with a softcap and 1024 keys; two that skip are 8 % faster than three with 128 keys, level with 256, and at head dim 128
+# 22, 16 and 3 % than two in turn with 128, 256 and 512 keys. 512 causal tokens 4 %, with dropout 25. 2026-11-30
 THREE_SKIPPING = HopperForwardConfig(3, 64, 5, True, False, 160, True)
 TWO_SKIPPING = HopperForwardConfig(2, 64, 4, True, False, 240, False)
 TWO_SKIPPING_Q = TWO_SKIPPING._replace(q_in_registers=True)
