@@ -124,14 +124,19 @@ def _tile_of_128(problem: AttentionProblem) -> HopperForwardConfig:
 
 
 def _short_causal(problem: AttentionProblem) -> bool:
-    return problem.causal and max(problem.seqlen_q, problem.seqlen_k) <= SHORT
+    return problem.causal and _longest(problem) <= SHORT
+
+
+def _longest(problem: AttentionProblem) -> int:
+    """Queries or keys of the longest sequence, whichever are more."""
+    return max(problem.seqlen_q, problem.seqlen_k)
 
 
 def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     """The configuration for head dims up to 64: large tiles read keys less often, but waste rows on the diagonal and behind the
     last one; many warps hide what each waits for, but leave few registers to each."""
     causal, window = problem.causal, problem.window[0] is not None
-    longest = max(problem.seqlen_q, problem.seqlen_k)
+    longest = _longest(problem)
     if _narrow(problem, NARROW[64]) or _short_causal(problem):
         return TWO_SKIPPING_Q
     if problem.dropout:
@@ -142,17 +147,17 @@ def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     if problem.alibi and (problem.softcap or causal):
         return THREE_SKIPPING if problem.softcap and causal and longest > SHORT_CAUSAL else TWO_IN_TURN
     if causal:
-        return _causal_tile_of_64(problem, longest)
+        return _causal_tile_of_64(problem)
     if longest <= (SHORT if problem.softcap or problem.alibi else MEDIUM):
         return TWO_CONSUMERS
     return FOUR_CONSUMERS if problem.softcap or longest <= MEDIUM else FORWARD[64]
 
 
-def _causal_tile_of_64(problem: AttentionProblem, longest: int) -> HopperForwardConfig:
+def _causal_tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
     """With a causal mask, a wide window or none, and softcap or no feature."""
     if problem.softcap or problem.window[0] is not None:
         return FOUR_SKIPPING
-    if longest <= SHORT_CAUSAL:
+    if _longest(problem) <= SHORT_CAUSAL:
         return TWO_IN_TURN
     return FOUR_SKIPPING if problem.seqlen_q <= MEDIUM_CAUSAL else FORWARD[64]
 
@@ -191,7 +196,7 @@ def _one_pass(problem: AttentionProblem, pad: int, group: int) -> HopperOnePassC
     if config is None or (_features(problem) >= 2 and config.block_m == 128):
         return None
     plain = problem.window == (None, 0) and not _features(problem)
-    if pad == 128 and plain and max(problem.seqlen_q, problem.seqlen_k) <= SHORT_TWO_PASS:
+    if pad == 128 and plain and _longest(problem) <= SHORT_TWO_PASS:
         return None
     if pad == 128 and problem.seqlen_q * group > (LONG_CAUSAL if problem.causal else LONG):
         config = config._replace(k_stages=1)
@@ -291,5 +296,6 @@ TWO_SKIPPING_Q = TWO_SKIPPING._replace(q_in_registers=True)
 # keys that a row sees at most, up to which two consumers that skip are the fastest, above 576 tiles in turn at head dim 128;
 # and up to which three are at 64
 NARROW, WIDE = {64: 256, 128: 576}, 1024
-# tokens up to which two consumers, and then four, are the fastest; with dropout two that skip
+# Tokens up to which two consumers are the fastest: MEDIUM without a mask, SHORT with a softcap or ALiBi, SHORT_CAUSAL causal;
+# two that skip: SHORT causal, SHORT_DROPOUT with dropout; and causal queries up to which four that skip are: MEDIUM_CAUSAL
 SHORT, MEDIUM, SHORT_CAUSAL, MEDIUM_CAUSAL, SHORT_DROPOUT = 512, 1024, 2048, 4096, 1024

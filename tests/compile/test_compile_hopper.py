@@ -100,9 +100,11 @@ def variants() -> list[Variant]:
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
-    masks += [Variant(64, causal, "left") for causal in (False, True)] + [
-        Variant(64, False, "softcap"),
+    masks += [
+        Variant(64, False, "left"),
+        Variant(64, True, "left"),
         Variant(64, True, "wide"),
+        Variant(64, False, "softcap"),
     ]
     dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *dropped]))

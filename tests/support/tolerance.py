@@ -200,11 +200,8 @@ def expected(
     # dS is a difference of terms dout v^T, of rms sqrt(D) rms(dout) rms(v); the default scale takes the sqrt(D) away.
     ds = dout * v + (0.0 if dlse is None else _rms(dlse.double().flatten()).item())
     # dk adds those of all rows, each times its weight, 1 / seqlen_k where all are alike: with one key dS is 0 but for roundoff
-    rows = (
-        case.nheads
-        / case.nheads_k
-        * max(sq / max(1, sk) ** 2 for sq, sk in zip(case.seqlens_q, case.seqlens_k, strict=True))
-    )
+    per_key = [sq / sk**2 for sq, sk in zip(case.seqlens_q, case.seqlens_k, strict=True) if sk > 0]
+    rows = case.nheads / case.nheads_k * max(per_key, default=0.0)
     terms = {"out": v, "dq": ds * k, "dk": ds * q * max(1.0, math.sqrt(rows)), "dv": dout}
     return Expected(truth, matched, partial(_matched_from, case, parts), terms)
 

@@ -9,7 +9,7 @@ bits themselves depend on no tile size and no backend. Philox per weight, or per
 import triton
 import triton.language as tl
 
-from flash_attn.kernels.algebra.score import speaks_ptx
+from flash_attn.kernels.algebra.score import select_in_ptx, speaks_ptx
 
 ROW_STEP = tl.constexpr(0x9E3779B1)
 COL_STEP = tl.constexpr(0x85EBCA77)
@@ -100,10 +100,7 @@ def drop(dropout, bits, weights):
     twice the instructions (H200, 2026-11-22).
     """
     if speaks_ptx():
-        kept = tl.inline_asm_elementwise(
-            "{ .reg .pred keep; setp.ls.u32 keep, $2, $3; selp.f32 $0, $1, 0f00000000, keep; }",
-            "=f,f,r,r", [weights, bits, last_kept(dropout)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+        kept = select_in_ptx(weights, bits, last_kept(dropout), "ls.u32", "0f00000000")
     else:
         kept = tl.where(keep_mask(dropout, bits), weights, 0.0)
     return kept

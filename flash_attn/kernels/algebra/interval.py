@@ -7,7 +7,7 @@ With n = seqlen_k - seqlen_q, row i sees keys i + n - left .. i + n + right (bot
 import triton
 import triton.language as tl
 
-from flash_attn.kernels.algebra.score import speaks_ptx
+from flash_attn.kernels.algebra.score import select_in_ptx, speaks_ptx
 
 
 @triton.jit
@@ -57,13 +57,9 @@ def hide(tile, cols, lo, hi, window):
 
 @triton.jit
 def hide_behind(tile, cols, hi):
-    """Scores of keys hi and above as -inf; as in `hide_before` by a comparison and a selection in PTX, where the compiler would
-    pack the comparisons of a tile into words first."""
+    """Scores of keys hi and above as -inf."""
     if speaks_ptx():
-        tile = tl.inline_asm_elementwise(
-            "{ .reg .pred seen; setp.lt.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
-            "=f,f,r,r", [tile, cols, hi], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+        tile = select_in_ptx(tile, cols, hi, "lt.s32", "0fFF800000")
     else:
         tile = tl.where(cols < hi, tile, float("-inf"))
     return tile
@@ -73,10 +69,7 @@ def hide_behind(tile, cols, hi):
 def hide_before(tile, cols, lo):
     """Scores of keys below lo as -inf."""
     if speaks_ptx():
-        tile = tl.inline_asm_elementwise(
-            "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }",
-            "=f,f,r,r", [tile, cols, lo], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+        tile = select_in_ptx(tile, cols, lo, "ge.s32", "0fFF800000")
     else:
         tile = tl.where(cols >= lo, tile, float("-inf"))
     return tile

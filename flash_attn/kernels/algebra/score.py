@@ -21,6 +21,20 @@ def speaks_ptx():
     return target is not None and target.backend == "cuda" and not knobs.runtime.interpret
 
 
+@constexpr_function
+def _selection(comparison, otherwise):
+    return f"{{ .reg .pred chosen; setp.{comparison} chosen, $2, $3; selp.f32 $0, $1, {otherwise}, chosen; }}"
+
+
+@triton.jit
+def select_in_ptx(tile, left, right, COMPARISON: tl.constexpr, OTHERWISE: tl.constexpr):
+    """The tile where left compares with right, a constant elsewhere; in PTX, as from comparisons in Triton the compiler packs
+    the bits of a tile into words first."""
+    return tl.inline_asm_elementwise(
+        _selection(COMPARISON, OTHERWISE), "=f,f,r,r", [tile, left, right], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent from one exp2 and one division; exact to fp32 rounding around 1."""

@@ -6,7 +6,7 @@ tests/hopper hold both forms together.
 """
 
 from flash_attn.kernels.algebra.dropout import drop, kept_scale, tile_bits
-from flash_attn.kernels.algebra.interval import hide, hide_before, hide_behind, key_interval
+from flash_attn.kernels.algebra.interval import hide_before, hide_behind, key_interval
 from flash_attn.kernels.algebra.score import key_distance, score_forward
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.columns import scale_columns, store_columns
@@ -115,8 +115,8 @@ def mask_block(tile, rows, n_block, full_begin, full_end, span, window, BLOCK_N:
     first_col = n_block * BLOCK_N
     if window.left is None:
         if (n_block < full_begin) | (n_block >= full_end):
-            lo, hi = key_interval(rows, span, window)
-            tile = hide(tile, lanes, (lo - first_col)[:, None], (hi - first_col)[:, None], window)
+            _lo, hi = key_interval(rows, span, window)
+            tile = hide_behind(tile, lanes, (hi - first_col)[:, None])
     else:
         if (n_block >= full_end) | (full_begin == full_end):
             _lo, hi = key_interval(rows, span, window)
