@@ -1,9 +1,5 @@
-"""One of two processes in a ring of gloo: runs the parallel attention of other packages on its share and stores the results.
+"""One of two processes in a ring: runs the parallel attention of other packages on its share and stores the results."""
 
-python -m tests.clients.ring_worker RANK FOLDER SEED PACKAGE...
-"""
-
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +11,8 @@ from torch import Tensor
 from tests.clients.loading import VERL, as_if_on_a_gpu, load, parts_of
 from tests.support.cases import BF16, Case
 from tests.support.inputs import Inputs, make_inputs
+from tests.support.processes import WORLD
 
-WORLD = 2
 LENGTH = 64
 SEQUENCES = (16, 32, 80)  # multiples of 2 * WORLD, in which zigzag cuts each
 ODD = (16, 32, 79)  # together no multiple of WORLD
@@ -188,16 +184,9 @@ def share(ring: Ring, inputs: Inputs, rows: Tensor, attend: Callable[..., Tensor
     return dict(out=out.detach(), dq=dq, dk=dk, dv=dv)
 
 
-def main(rank: int, folder: Path, seed: int, packages: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(rank: int, folder: Path, seed: int, packages: list[str]) -> None:
     for package in packages:
         results = {}
         for name, ring in RINGS[package].items():
             results[name] = share(ring, make_inputs(ring.case, "cpu", seed), ring.rows(rank), ATTEND[package])
         torch.save(results, folder / f"{package}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,19 +1,15 @@
 """Ring attention of other packages over two processes on the CPU: outputs and gradients against attention in one piece."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.clients import ring_worker
-from tests.clients.ring_worker import RINGS, WORLD
+from tests.clients.ring_worker import RINGS
 from tests.support import tolerance
 from tests.support.inputs import make_inputs
-
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import WORLD, in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +17,7 @@ def results(tmp_path_factory, seed):
     """What both processes computed, by package; all in one pair of processes, which takes seconds to start."""
     folder = tmp_path_factory.mktemp("rings")
     packages = [package for package in RINGS if find_spec(package) is not None]
-    command = [sys.executable, "-m", "tests.clients.ring_worker"]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(folder), str(seed), *packages], cwd=ROOT, stderr=subprocess.PIPE)
-        for rank in range(WORLD)
-    ]
-    errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    in_two_processes(ring_worker.work, folder, folder, seed, packages)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(WORLD)] for name in packages}
 
 

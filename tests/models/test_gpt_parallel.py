@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.models.gpt import GPTLMHeadModel, shard_state_dict_tp
@@ -15,8 +14,8 @@ from flash_attn.models.state_dict import change, inverse, rename
 from flash_attn.utils.distributed import allreduce_sequence_parallel_grad
 from tests.models import plain
 from tests.models.plain import VOCABULARY, gpt_config
+from tests.support.processes import WORLD, in_two_processes
 
-WORLD = 2
 MODELS = {
     "gpt-2": dict(max_position_embeddings=12),
     "norms behind": dict(max_position_embeddings=12, prenorm=False, activation_function="relu"),
@@ -113,9 +112,7 @@ def check_refusals(group):
 
 
 def work(rank, folder, seed):
-    torch.set_num_threads(1)
     os.chdir(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     group = dist.group.WORLD
     for index, fields in enumerate(MODELS.values()):
         for sequence_parallel in (True, False):
@@ -123,8 +120,7 @@ def work(rank, folder, seed):
             check(rank, group, fields, sequence_parallel, seed + index)
     check_from_pretrained(rank, group, seed)
     check_refusals(group)
-    dist.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_does(tmp_path, seed):
-    mp.spawn(work, (str(tmp_path), seed), nprocs=WORLD)
+    in_two_processes(work, tmp_path, tmp_path, seed)

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from flash_attn.modules.embedding import ParallelGPT2Embeddings
 from flash_attn.modules.mha import MHA, ParallelMHA
@@ -13,8 +12,9 @@ from flash_attn.modules.mlp import ParallelGatedMlp, ParallelMLP
 from flash_attn.ops.fused_dense import FusedMLP, ParallelFusedMLP
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.utils import distributed
+from tests.support.processes import WORLD, in_two_processes
 
-WORLD, DIM = 2, 16
+DIM = 16
 
 
 def same(actual, truth):
@@ -164,9 +164,7 @@ def check_embeddings(rank, group, sequence_parallel):
         ParallelGPT2Embeddings(DIM, 10, 6, group, padding_idx=1)
 
 
-def work(rank, path, seed):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+def work(rank, seed):
     group = dist.group.WORLD
     checks = [check_collectives, check_marks, check_loss]
     for sequence_parallel in (True, False):
@@ -178,8 +176,7 @@ def work(rank, path, seed):
     for index, check in enumerate(checks):
         torch.manual_seed(seed + index)
         check(rank, group)
-    dist.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_does(tmp_path, seed):
-    mp.spawn(work, (str(tmp_path / "rendezvous"), seed), nprocs=WORLD)
+    in_two_processes(work, tmp_path, seed)
