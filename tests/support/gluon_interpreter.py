@@ -446,7 +446,7 @@ def language() -> SimpleNamespace:
     return SimpleNamespace(
         **dtypes,
         **dict.fromkeys(layouts, LAYOUT),
-        constexpr=Any,
+        constexpr=lambda value: value,
         static_range=range,
         static_assert=assert_,
         assume=assert_,

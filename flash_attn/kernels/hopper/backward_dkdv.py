@@ -21,6 +21,8 @@ Q K^T. The loop is one loop with a uniform branch around the mask: ptxas 12.8 mi
 tensor-core descriptor.
 """
 
+from typing import Any
+
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import kept_scale
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
@@ -49,16 +51,21 @@ from flash_attn.kernels.hopper.columns import (
 )
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
+    Place,
     accumulator_layout,
     advance,
+    aggregate,
     allocate_ring,
+    await_full,
     fence_async_shared,
-    fill,
+    fill_keys,
+    fill_queries,
     gl,
     gluon,
     loop_variant,
     matrix,
     mbarrier,
+    release,
     row_coordinates,
     start_store,
     tma,
@@ -82,183 +89,207 @@ from flash_attn.kernels.hopper.schedule import (
 )
 
 
+@aggregate
+class Program:
+    """What the partitions of a program share; what is written in capitals is known when it is compiled."""
+
+    dk_desc: Any
+    dv_desc: Any
+    softmax_lse: Any
+    delta: Any
+    tiles: Any
+    k_ring: Any
+    v_ring: Any  # k_ring in a launch without dk
+    q_ring: Any
+    dout_ring: Any
+    row_lse: Any  # of the blocks in q_ring; row_delta of those in dout_ring
+    row_delta: Any  # None without dk
+    key_words: Any  # None without dropout
+    sequences: Any
+    work: Any
+    window: Any
+    score: Any
+    dropout: Any
+    HEAD_DIM_PAD: Any
+    WIDTH: Any
+    BLOCK_M: Any
+    CONSUMERS: Any
+    K_STAGES: Any
+    Q_STAGES: Any
+    DOUT_STAGES: Any
+    WITH_DK: Any
+    WITH_DV: Any
+    PACKED: Any
+
+
 @gluon.jit
-def load_partition(
-    q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta,
-    key_words, sequences, work, window, dropout,
-    CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def load_partition(prog):
     """Draws tiles and keeps the rings full."""
-    IN_ORDER: gl.constexpr = work.in_order is not None
-    AHEAD: gl.constexpr = work.ahead is not None
-    BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    index = announce_next(tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_N, BLOCK_M)
-    while (index < work.num_tiles) if AHEAD else (tile_field(tiles, t_slot, 0) >= 0):
+    IN_ORDER: gl.constexpr = prog.work.in_order is not None
+    AHEAD: gl.constexpr = prog.work.ahead is not None
+    BLOCK_N: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    t_place, k_place, q_place, d_place = Place(0, 1), Place(0, 1), Place(0, 1), Place(0, 1)
+    index = announce_next(prog, t_place, first_tile(prog.work), BLOCK_N, prog.BLOCK_M)
+    while (index < prog.work.num_tiles) if AHEAD else (tile_field(prog.tiles, t_place.index, 0) >= 0):
         if AHEAD:
             # With what was announced ptxas orders the first consumer's loop for the worse: 4 to 6 % at head dim 64 and 4k or
             # 16k causal tokens. H200, 2026-11-30
-            n_block, head_k, batch = tile_at(index, work, window)
-            span = tile_span(batch, sequences, work)
-            begin, end = tile_blocks(n_block, span, work, window, BLOCK_N, BLOCK_M)
+            n_block, head_k, batch = tile_at(index, prog.work, prog.window)
+            span = tile_span(batch, prog.sequences, prog.work)
+            begin, end = tile_blocks(n_block, span, prog.work, prog.window, BLOCK_N, prog.BLOCK_M)
         else:
-            n_block, head_k, batch, begin, end = announced_tile(tiles, t_slot)
-            span = announced_span(tiles, t_slot, work, PACKED)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        for consumer in gl.static_range(CONSUMERS):
-            slot = k_slot * CONSUMERS + consumer
+            n_block, head_k, batch, begin, end = announced_tile(prog, t_place.index)
+            span = announced_span(prog, t_place.index)
+        t_place = advance(t_place, TILE_STAGES)
+        for consumer in gl.static_range(prog.CONSUMERS):
+            place = Place(k_place.index * prog.CONSUMERS + consumer, k_place.phase)
             first = n_block * BLOCK_N + consumer * WARPGROUP_ROWS
-            fill(k_ring, slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-            if WITH_DK:
-                fill(v_ring, slot, k_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-        k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+            fill_keys(prog, prog.k_ring, place, span, first, batch, head_k)
+            if prog.WITH_DK:
+                fill_keys(prog, prog.v_ring, place, span, first, batch, head_k)
+        k_place = advance(k_place, prog.K_STAGES)
         if AHEAD:
-            index = announce_next(tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_N, BLOCK_M)
-        head, m_block = head_k * work.group, first_group_block(begin, end, IN_ORDER)
-        for _step in range((end - begin) * work.group):
-            first = m_block * BLOCK_M
-            lse = load_statistic(softmax_lse, batch, head, span, first, float("-inf"), BLOCK_M)
-            if WITH_DK:
-                row_deltas = load_statistic(delta, batch, head, span, first, 0.0, BLOCK_M)
-            fill(q_ring, q_slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-            row_lse.index(q_slot).store(lse_log2(lse))
-            store_key(key_words, q_slot, dropout, batch * work.nheads + head)
-            mbarrier.arrive(q_ring.full.index(q_slot), count=1)
-            q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-            fill(dout_ring, d_slot, d_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-            if WITH_DK:
-                row_delta.index(d_slot).store(row_deltas)
-                mbarrier.arrive(dout_ring.full.index(d_slot), count=1)
-            d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-            head, m_block = next_group_block(head, m_block, begin, end, head_k * work.group, work.group, IN_ORDER)
+            index = announce_next(prog, t_place, draw(prog.work), BLOCK_N, prog.BLOCK_M)
+        first_head = head_k * prog.work.group
+        head, m_block = first_head, first_group_block(begin, end, IN_ORDER)
+        for _step in range((end - begin) * prog.work.group):
+            first = m_block * prog.BLOCK_M
+            lse = load_statistic(prog.softmax_lse, batch, head, span, first, float("-inf"), prog.BLOCK_M)
+            if prog.WITH_DK:
+                row_deltas = load_statistic(prog.delta, batch, head, span, first, 0.0, prog.BLOCK_M)
+            fill_queries(prog, prog.q_ring, q_place, span, first, batch, head)
+            prog.row_lse.index(q_place.index).store(lse_log2(lse))
+            store_key(prog, q_place.index, batch * prog.work.nheads + head)
+            mbarrier.arrive(prog.q_ring.full.index(q_place.index), count=1)
+            q_place = advance(q_place, prog.Q_STAGES)
+            fill_queries(prog, prog.dout_ring, d_place, span, first, batch, head)
+            if prog.WITH_DK:
+                prog.row_delta.index(d_place.index).store(row_deltas)
+                mbarrier.arrive(prog.dout_ring.full.index(d_place.index), count=1)
+            d_place = advance(d_place, prog.DOUT_STAGES)
+            head, m_block = next_group_block(head, m_block, begin, end, first_head, prog.work.group, IN_ORDER)
         if not AHEAD:  # the program that is done first gets the longest tile, or the one that others wait for
-            index = announce_next(tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_N, BLOCK_M)
-    clear_counter(work)
+            index = announce_next(prog, t_place, draw(prog.work), BLOCK_N, prog.BLOCK_M)
+    clear_counter(prog.work)
 
 
 @gluon.jit
-def accumulate_dkdv(
-    k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key, begin, end,
-    full_begin, full_end, head, batch, span, window, work, score, key_words, dropout,
-    BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
-    WITH_DK: gl.constexpr, WITH_DV: gl.constexpr,
-):  # fmt: skip
+def product_kq(prog, k_tile, slot):
+    """Issue S^T = K Q^T, (64, BLOCK_M)."""
+    q_tile = matrix(prog.q_ring, slot, prog.BLOCK_M, prog.HEAD_DIM_PAD)
+    return inner_products(k_tile, q_tile, prog.BLOCK_M, prog.WIDTH)
+
+
+@gluon.jit
+def accumulate_dkdv(prog, k_index, q_place, d_place, first_key, begin, end, full_begin, full_end, head, batch, span):
     """Sums of dS^T Q and P^T dO over the query heads of the group and query blocks [begin, end)."""
-    layout: gl.constexpr = accumulator_layout(BLOCK_M)
+    layout: gl.constexpr = accumulator_layout(prog.BLOCK_M)
     lanes: gl.constexpr = gl.SliceLayout(0, layout)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
-    PARTS: gl.constexpr = num_parts(WIDTH)
-    dtype: gl.constexpr = q_ring.buffers.dtype
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(prog.WIDTH)), 2)
+    PARTS: gl.constexpr = num_parts(prog.WIDTH)
+    dtype: gl.constexpr = prog.q_ring.buffers.dtype
     cols = (first_key + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout)))[:, None]
-    dk = zero_columns(WIDTH)
-    dv = zero_columns(WIDTH)
-    slope = load_slope(score, batch, head)
-    mbarrier.wait(q_ring.full.index(q_slot), q_phase)
-    k_tile = matrix(k_ring, k_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    qk = inner_products(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
+    dk = zero_columns(prog.WIDTH)
+    dv = zero_columns(prog.WIDTH)
+    slope = load_slope(prog.score, batch, head)
+    await_full(prog.q_ring, q_place)
+    k_tile = matrix(prog.k_ring, k_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+    qk = product_kq(prog, k_tile, q_place.index)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     m_block, first_head = first_group_block(begin, end, False), head
-    steps = (end - begin) * work.group
+    steps = (end - begin) * prog.work.group
     gl.assume(steps > 0)
     for step in range(steps):
         index = k_index + loop_variant(step)
-        k_tile = matrix(k_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-        q_tile = matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD)
-        dout_tile = matrix(dout_ring, d_slot, BLOCK_M, HEAD_DIM_PAD)
-        mbarrier.wait(dout_ring.full.index(d_slot), d_phase)
-        if WITH_DK:
-            v_tile = matrix(v_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-            dp = inner_products(v_tile, dout_tile, BLOCK_M, WIDTH)
-        rows = (m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=lanes))[None, :]
+        k_tile = matrix(prog.k_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+        q_tile = matrix(prog.q_ring, q_place.index, prog.BLOCK_M, prog.HEAD_DIM_PAD)
+        dout_tile = matrix(prog.dout_ring, d_place.index, prog.BLOCK_M, prog.HEAD_DIM_PAD)
+        await_full(prog.dout_ring, d_place)
+        if prog.WITH_DK:
+            v_tile = matrix(prog.v_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+            dp = inner_products(v_tile, dout_tile, prog.BLOCK_M, prog.WIDTH)
+        rows = (m_block * prog.BLOCK_M + gl.arange(0, prog.BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end)
-        lse = row_lse.index(q_slot).load(lanes)[None, :]
-        bits = transposed_bits(dropout, key_words, q_slot, m_block * BLOCK_M, first_key, layout, BLOCK_M)
-        weights, sensitivity = tile_weights(qk, lse, rows, cols, masked, span, window, score, slope, dropout, bits)
-        if WITH_DK:
+        lse = prog.row_lse.index(q_place.index).load(lanes)[None, :]
+        bits = transposed_bits(prog, q_place.index, m_block * prog.BLOCK_M, first_key, layout)
+        weights, sensitivity = tile_weights(prog, qk, lse, rows, cols, masked, span, slope, bits)
+        if prog.WITH_DK:
             dp = warpgroup_mma_wait(0, deps=(dp,))
-            delta = row_delta.index(d_slot).load(lanes)[None, :]
-            ds = gl.convert_layout(score_gradient(sensitivity, dp, delta, dropout).to(dtype), operand)
-            if not WITH_DV:
-                mbarrier.arrive(dout_ring.empty.index(d_slot), count=1)
-        if WITH_DV:
-            p = gl.convert_layout(value_weights(weights, dropout).to(dtype), operand)
-            dv = accumulate_columns(p, dout_tile, dv, WIDTH)
-        if WITH_DK:
-            dk = accumulate_columns(ds, q_tile, dk, WIDTH)
-        old_q, old_d = q_slot, d_slot
-        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-        d_slot, d_phase = advance(d_slot, d_phase, DOUT_STAGES)
-        head, m_block = next_group_block(head, m_block, begin, end, first_head, work.group, False)
-        if score.alibi_slopes is not None:
-            slope = load_slope(score, batch, gl.minimum(head, work.nheads - 1))
+            delta = prog.row_delta.index(d_place.index).load(lanes)[None, :]
+            ds = gl.convert_layout(score_gradient(sensitivity, dp, delta, prog.dropout).to(dtype), operand)
+            if not prog.WITH_DV:
+                release(prog.dout_ring, d_place)
+        if prog.WITH_DV:
+            p = gl.convert_layout(value_weights(weights, prog.dropout).to(dtype), operand)
+            dv = accumulate_columns(p, dout_tile, dv, prog.WIDTH)
+        if prog.WITH_DK:
+            dk = accumulate_columns(ds, q_tile, dk, prog.WIDTH)
+        old_q, old_d = q_place, d_place
+        q_place = advance(q_place, prog.Q_STAGES)
+        d_place = advance(d_place, prog.DOUT_STAGES)
+        head, m_block = next_group_block(head, m_block, begin, end, first_head, prog.work.group, False)
+        if prog.score.alibi_slopes is not None:
+            slope = load_slope(prog.score, batch, gl.minimum(head, prog.work.nheads - 1))
         # behind the last block this multiplies whatever lies there, and nothing reads it
-        mbarrier.wait(q_ring.full.index(q_slot), q_phase, pred=step + 1 < steps)
-        qk = inner_products(k_tile, matrix(q_ring, q_slot, BLOCK_M, HEAD_DIM_PAD), BLOCK_M, WIDTH)
-        if WITH_DV:
-            if WITH_DK:
+        await_full(prog.q_ring, q_place, step + 1 < steps)
+        qk = product_kq(prog, k_tile, q_place.index)
+        if prog.WITH_DV:
+            if prog.WITH_DK:
                 dv, p = await_product(dv, p, 2 * PARTS)
             else:
                 dv, p = await_product(dv, p, PARTS)
-            mbarrier.arrive(dout_ring.empty.index(old_d), count=1)
-        if WITH_DK:
+            release(prog.dout_ring, old_d)
+        if prog.WITH_DK:
             dk, qk, ds = await_products(dk, qk, ds)
         else:
             qk = warpgroup_mma_wait(0, deps=(qk,))
-        mbarrier.arrive(q_ring.empty.index(old_q), count=1)
-    return dk, dv, q_slot, q_phase, d_slot, d_phase
+        release(prog.q_ring, old_q)
+    return dk, dv, q_place, d_place
 
 
 @gluon.jit
-def store_gradient(descriptor, buffer, gradient, scale, first_key, span, batch, head_k,
-                   HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+def store_gradient(prog, descriptor, buffer, gradient, scale, first_key, span, batch, head_k):
     """One consumer's keys of dk or dv; the copy is still running on return."""
-    store_columns(buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]), gradient, scale, WIDTH)
+    store_columns(buffer.reshape([WARPGROUP_ROWS, prog.HEAD_DIM_PAD]), gradient, scale, prog.WIDTH)
     fence_async_shared()
-    coordinates = row_coordinates(span.start_k, span.seqlen_k, first_key, batch, head_k, PACKED)
+    coordinates = row_coordinates(span.start_k, span.seqlen_k, first_key, batch, head_k, prog.PACKED)
     start_store(descriptor, coordinates, buffer)
 
 
 @gluon.jit
-def dkdv_partition(
-    dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work, window, score, dropout,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    K_STAGES: gl.constexpr, Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, WITH_DK: gl.constexpr,
-    WITH_DV: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def dkdv_partition(prog, CONSUMER: gl.constexpr):
     """One consumer."""
-    BLOCK_N: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, k_slot, k_phase, q_slot, q_phase, d_slot, d_phase = 0, 0, 0, 0, 0, 0, 0, 0
-    mbarrier.wait(tiles.full.index(t_slot), t_phase)
-    while tile_field(tiles, t_slot, 0) >= 0:
-        first_key = tile_field(tiles, t_slot, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
-        head_k, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
-        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        full_begin, full_end = full_query_blocks(first_key, span, window, BLOCK_M)
-        k_index = k_slot * CONSUMERS + CONSUMER
-        mbarrier.wait(k_ring.full.index(k_index), k_phase)
-        if WITH_DK:
-            mbarrier.wait(v_ring.full.index(k_index), k_phase)
-        dk, dv, q_slot, q_phase, d_slot, d_phase = accumulate_dkdv(
-            k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, k_index, q_slot, q_phase, d_slot, d_phase, first_key,
-            begin, end, full_begin, full_end, head_k * work.group, batch, span, window, work, score, key_words, dropout,
-            BLOCK_M, HEAD_DIM_PAD, WIDTH, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV,
+    BLOCK_N: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    t_place, k_place, q_place, d_place = Place(0, 0), Place(0, 0), Place(0, 0), Place(0, 0)
+    await_full(prog.tiles, t_place)
+    while tile_field(prog.tiles, t_place.index, 0) >= 0:
+        first_key = tile_field(prog.tiles, t_place.index, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
+        head_k, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
+        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        span = announced_span(prog, t_place.index)
+        release(prog.tiles, t_place)
+        t_place = advance(t_place, TILE_STAGES)
+        full_begin, full_end = full_query_blocks(first_key, span, prog.window, prog.BLOCK_M)
+        k_index = k_place.index * prog.CONSUMERS + CONSUMER
+        own_place = Place(k_index, k_place.phase)
+        await_full(prog.k_ring, own_place)
+        if prog.WITH_DK:
+            await_full(prog.v_ring, own_place)
+        dk, dv, q_place, d_place = accumulate_dkdv(
+            prog, k_index, q_place, d_place, first_key, begin, end, full_begin, full_end, head_k * prog.work.group, batch, span
         )  # fmt: skip
-        if WITH_DV:
-            store_gradient(dv_desc, v_ring.buffers.index(k_index), dv, kept_scale(dropout), first_key, span, batch, head_k,
-                           HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
-        if WITH_DK:
-            store_gradient(dk_desc, k_ring.buffers.index(k_index), dk, gradient_scale(score), first_key, span, batch, head_k,
-                           HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
+        if prog.WITH_DV:
+            buffer, scale = prog.v_ring.buffers.index(k_index), kept_scale(prog.dropout)
+            store_gradient(prog, prog.dv_desc, buffer, dv, scale, first_key, span, batch, head_k)
+        if prog.WITH_DK:
+            buffer, scale = prog.k_ring.buffers.index(k_index), gradient_scale(prog.score)
+            store_gradient(prog, prog.dk_desc, buffer, dk, scale, first_key, span, batch, head_k)
         tma.store_wait(0)
-        mbarrier.arrive(k_ring.empty.index(k_index), count=1)
-        if WITH_DK:
-            mbarrier.arrive(v_ring.empty.index(k_index), count=1)
-        k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+        release(prog.k_ring, own_place)
+        if prog.WITH_DK:
+            release(prog.v_ring, own_place)
+        k_place = advance(k_place, prog.K_STAGES)
+        await_full(prog.tiles, t_place)
 
 
 SIZES = [
@@ -287,19 +318,19 @@ def attn_bwd_dkdv_kernel(
         dout_ring = allocate_ring(dout_desc, DOUT_STAGES, CONSUMERS, 2)
         row_delta = allocate_statistics(DOUT_STAGES, BLOCK_M)
     else:
-        v_ring = k_ring
+        v_ring, row_delta = k_ring, None  # dv then leaves through the slots of k
         dout_ring = allocate_ring(dout_desc, DOUT_STAGES, CONSUMERS)
-        row_delta = row_lse
-    key_words = allocate_key_words(dropout, Q_STAGES, row_lse)
+    key_words = None
+    if dropout.rng_state is not None:
+        key_words = allocate_key_words(Q_STAGES)
     tiles = allocate_tiles(CONSUMERS)
+    prog = Program(
+        dk_desc, dv_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words,
+        sequences, work, window, score, dropout,
+        HEAD_DIM_PAD, WIDTH, BLOCK_M, CONSUMERS, K_STAGES, Q_STAGES, DOUT_STAGES, WITH_DK, WITH_DV, PACKED,
+    )  # fmt: skip
     gl.warp_specialize([
-        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work,
-                          window, score, dropout, 0, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES,
-                          DOUT_STAGES, WITH_DK, WITH_DV, PACKED)),
-        (dkdv_partition, (dk_desc, dv_desc, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words, work,
-                          window, score, dropout, 1, CONSUMERS, BLOCK_M, HEAD_DIM_PAD, WIDTH, K_STAGES, Q_STAGES,
-                          DOUT_STAGES, WITH_DK, WITH_DV, PACKED)),
-        (load_partition, (q_desc, dout_desc, k_desc, v_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring,
-                          row_lse, row_delta, key_words, sequences, work, window, dropout, CONSUMERS, BLOCK_M, K_STAGES,
-                          Q_STAGES, DOUT_STAGES, WITH_DK, PACKED)),
+        (dkdv_partition, (prog, 0)),
+        (dkdv_partition, (prog, 1)),
+        (load_partition, (prog,)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -19,6 +19,8 @@ The K/V loop is one loop with a uniform branch around the mask: ptxas 12.8 misco
 tensor-core descriptor.
 """
 
+from typing import Any
+
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import load_key, tile_bits
 from flash_attn.kernels.algebra.locate import row_base
@@ -41,17 +43,21 @@ from flash_attn.kernels.hopper.columns import (
 )
 from flash_attn.kernels.hopper.pipeline import (
     WARPGROUP_ROWS,
+    Place,
     accumulator_layout,
     advance,
+    aggregate,
     allocate_ring,
     along_rows,
+    await_full,
     fence_async_shared,
-    fill,
+    fill_keys,
+    fill_queries,
     gl,
     gluon,
     loop_variant,
     matrix,
-    mbarrier,
+    release,
     row_coordinates,
     start_store,
     tma,
@@ -72,37 +78,64 @@ from flash_attn.kernels.hopper.schedule import (
 )
 
 
+@aggregate
+class Program:
+    """What the partitions of a program share; what is written in capitals is known when it is compiled."""
+
+    dq_desc: Any
+    out: Any
+    softmax_lse: Any
+    dlse: Any
+    delta: Any
+    tiles: Any
+    q_ring: Any
+    dout_ring: Any
+    k_ring: Any
+    v_ring: Any
+    sequences: Any
+    work: Any
+    window: Any
+    score: Any
+    dropout: Any
+    HEAD_DIM: Any
+    HEAD_DIM_PAD: Any
+    WIDTH: Any
+    BLOCK_N: Any
+    CONSUMERS: Any
+    K_STAGES: Any
+    V_STAGES: Any
+    Q_STAGES: Any
+    DRAW_AHEAD: Any
+    PACKED: Any
+
+
 @gluon.jit
-def load_partition(
-    q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work, window,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def load_partition(prog):
     """Draws tiles and keeps the rings full."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
-    announce_next(tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N)
-    while tile_field(tiles, t_slot, 0) >= 0:
-        m_block, head, batch, begin, end = announced_tile(tiles, t_slot)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        head_k = head // work.group
+    BLOCK_M: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    t_place, q_place, k_place, v_place = Place(0, 1), Place(0, 1), Place(0, 1), Place(0, 1)
+    announce_next(prog, t_place, first_tile(prog.work), BLOCK_M, prog.BLOCK_N)
+    while tile_field(prog.tiles, t_place.index, 0) >= 0:
+        m_block, head, batch, begin, end = announced_tile(prog, t_place.index)
+        span = announced_span(prog, t_place.index)
+        head_k = head // prog.work.group
         for n_block in range(begin, end):
-            first = n_block * BLOCK_N
-            fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-            k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-            fill(v_ring, v_slot, v_phase, v_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-            v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            first = n_block * prog.BLOCK_N
+            fill_keys(prog, prog.k_ring, k_place, span, first, batch, head_k)
+            k_place = advance(k_place, prog.K_STAGES)
+            fill_keys(prog, prog.v_ring, v_place, span, first, batch, head_k)
+            v_place = advance(v_place, prog.V_STAGES)
             if n_block == begin:
-                for consumer in gl.static_range(CONSUMERS):
-                    slot = q_slot * CONSUMERS + consumer
+                for consumer in gl.static_range(prog.CONSUMERS):
+                    place = Place(q_place.index * prog.CONSUMERS + consumer, q_place.phase)
                     first = m_block * BLOCK_M + consumer * WARPGROUP_ROWS
-                    fill(dout_ring, slot, q_phase, dout_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-                    fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-            if n_block == gl.maximum(end - 1 - DRAW_AHEAD, begin):
-                t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-                announce_next(tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N)
-    clear_counter(work)
+                    fill_queries(prog, prog.dout_ring, place, span, first, batch, head)
+                    fill_queries(prog, prog.q_ring, place, span, first, batch, head)
+                q_place = advance(q_place, prog.Q_STAGES)
+            if n_block == gl.maximum(end - 1 - prog.DRAW_AHEAD, begin):
+                t_place = advance(t_place, TILE_STAGES)
+                announce_next(prog, t_place, draw(prog.work), BLOCK_M, prog.BLOCK_N)
+    clear_counter(prog.work)
 
 
 @gluon.jit
@@ -113,98 +146,98 @@ def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
 
 
 @gluon.jit
+def key_products(prog, left, ring, slot):
+    """Issue left @ right^T, (64, BLOCK_N), with a block of keys or values on the right."""
+    return inner_products(left, matrix(ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD), prog.BLOCK_N, prog.WIDTH)
+
+
+@gluon.jit
 def accumulate_dq(
-    q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows, first_row,
-    begin, end, full_begin, full_end, span, window, score, slope, dropout, key,
-    BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    prog, q_index, k_place, v_place, row_lse, row_delta, rows, first_row, begin, end, full_begin, full_end, span, slope, key
 ):  # fmt: skip
     """Sum of dS K over key blocks [begin, end)."""
-    layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
-    dtype: gl.constexpr = q_ring.buffers.dtype
-    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    layout: gl.constexpr = accumulator_layout(prog.BLOCK_N)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(prog.WIDTH)), 2)
+    dtype: gl.constexpr = prog.q_ring.buffers.dtype
+    lanes = gl.arange(0, prog.BLOCK_N, layout=gl.SliceLayout(0, layout))
     row_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-    dq = zero_columns(WIDTH)
-    mbarrier.wait(k_ring.full.index(k_slot), k_phase)
-    q_tile = matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    qk = inner_products(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
+    dq = zero_columns(prog.WIDTH)
+    await_full(prog.k_ring, k_place)
+    q_tile = matrix(prog.q_ring, q_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+    qk = key_products(prog, q_tile, prog.k_ring, k_place.index)
     qk = warpgroup_mma_wait(0, deps=(qk,))
     gl.assume(end > begin)
     for n_block in range(begin, end):
         index = q_index + loop_variant(n_block)
-        q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-        dout_tile = matrix(dout_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        dp = inner_products(dout_tile, matrix(v_ring, v_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
-        cols = (n_block * BLOCK_N + lanes)[None, :]
+        q_tile = matrix(prog.q_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+        dout_tile = matrix(prog.dout_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+        await_full(prog.v_ring, v_place)
+        dp = key_products(prog, dout_tile, prog.v_ring, v_place.index)
+        cols = (n_block * prog.BLOCK_N + lanes)[None, :]
         masked = (n_block < full_begin) | (n_block >= full_end)
-        bits = tile_bits(dropout, key, first_row, row_lanes, n_block * BLOCK_N, lanes[None, :])
-        _weights, sensitivity = tile_weights(
-            qk, along_rows(row_lse, layout), rows[:, None], cols, masked, span, window, score, slope, dropout, bits
-        )
+        bits = tile_bits(prog.dropout, key, first_row, row_lanes, n_block * prog.BLOCK_N, lanes[None, :])
+        lse = along_rows(row_lse, layout)
+        _weights, sensitivity = tile_weights(prog, qk, lse, rows[:, None], cols, masked, span, slope, bits)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
-        v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-        ds = score_gradient(sensitivity, dp, along_rows(row_delta, layout), dropout).to(dtype)
+        release(prog.v_ring, v_place)
+        v_place = advance(v_place, prog.V_STAGES)
+        ds = score_gradient(sensitivity, dp, along_rows(row_delta, layout), prog.dropout).to(dtype)
         ds = gl.convert_layout(ds, operand)
-        dq = accumulate_columns(ds, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), dq, WIDTH)
-        old_slot = k_slot
-        k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+        dq = accumulate_columns(ds, matrix(prog.k_ring, k_place.index, prog.BLOCK_N, prog.HEAD_DIM_PAD), dq, prog.WIDTH)
+        old_place = k_place
+        k_place = advance(k_place, prog.K_STAGES)
         # behind the last block this multiplies whatever lies there, and nothing reads it
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=n_block + 1 < end)
-        qk = inner_products(q_tile, matrix(k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
+        await_full(prog.k_ring, k_place, n_block + 1 < end)
+        qk = key_products(prog, q_tile, prog.k_ring, k_place.index)
         dq, qk, ds = await_products(dq, qk, ds)
-        mbarrier.arrive(k_ring.empty.index(old_slot), count=1)
-    return dq, k_slot, k_phase, v_slot, v_phase
+        release(prog.k_ring, old_place)
+    return dq, k_place, v_place
 
 
 @gluon.jit
-def dq_partition(
-    dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score, dropout,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
-):  # fmt: skip
+def dq_partition(prog, CONSUMER: gl.constexpr):
     """One consumer."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
-    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0, 0
-    mbarrier.wait(tiles.full.index(t_slot), t_phase)
-    while tile_field(tiles, t_slot, 0) >= 0:
-        first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-        head, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
-        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
-        slope = load_slope(score, batch, head)
-        key = load_key(dropout, batch * work.nheads + head)
+    BLOCK_M: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(prog.BLOCK_N))
+    t_place, q_place, k_place, v_place = Place(0, 0), Place(0, 0), Place(0, 0), Place(0, 0)
+    await_full(prog.tiles, t_place)
+    while tile_field(prog.tiles, t_place.index, 0) >= 0:
+        first_row = tile_field(prog.tiles, t_place.index, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+        head, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
+        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        span = announced_span(prog, t_place.index)
+        release(prog.tiles, t_place)
+        t_place = advance(t_place, TILE_STAGES)
+        full_begin, full_end = full_key_blocks(first_row, span, prog.window, prog.BLOCK_N)
+        slope = load_slope(prog.score, batch, head)
+        key = load_key(prog.dropout, batch * prog.work.nheads + head)
         rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
-        out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD)))
-        out_rows = load_rows(out, span, batch, head, out_index, HEAD_DIM, HEAD_DIM_PAD)
-        row_lse = lse_log2(load_rows_statistic(softmax_lse, span, batch, head, rows, float("-inf")))
-        q_index = q_slot * CONSUMERS + CONSUMER
-        mbarrier.wait(dout_ring.full.index(q_index), q_phase)
-        row_delta = row_delta_of(out_rows, matrix(dout_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), row_layout)
-        if dlse is not None:
-            row_delta = softmax_delta(row_delta, load_rows_statistic(dlse, span, batch, head, rows, 0.0), row_lse)
-        gl.store(row_base(delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
-        mbarrier.wait(q_ring.full.index(q_index), q_phase)
-        dq, k_slot, k_phase, v_slot, v_phase = accumulate_dq(
-            q_ring, dout_ring, k_ring, v_ring, q_index, k_slot, k_phase, v_slot, v_phase, row_lse, row_delta, rows,
-            first_row, begin, end, full_begin, full_end, span, window, score, slope, dropout, key,
-            BLOCK_N, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES,
+        out_index = gl.convert_layout(rows, gl.SliceLayout(1, row_major_layout(prog.HEAD_DIM_PAD)))
+        out_rows = load_rows(prog.out, span, batch, head, out_index, prog.HEAD_DIM, prog.HEAD_DIM_PAD)
+        row_lse = lse_log2(load_rows_statistic(prog.softmax_lse, span, batch, head, rows, float("-inf")))
+        q_index = q_place.index * prog.CONSUMERS + CONSUMER
+        own_place = Place(q_index, q_place.phase)
+        await_full(prog.dout_ring, own_place)
+        dout_tile = matrix(prog.dout_ring, q_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+        row_delta = row_delta_of(out_rows, dout_tile, row_layout)
+        if prog.dlse is not None:
+            row_delta = softmax_delta(row_delta, load_rows_statistic(prog.dlse, span, batch, head, rows, 0.0), row_lse)
+        gl.store(row_base(prog.delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
+        await_full(prog.q_ring, own_place)
+        dq, k_place, v_place = accumulate_dq(
+            prog, q_index, k_place, v_place, row_lse, row_delta, rows, first_row, begin, end, full_begin, full_end, span,
+            slope, key,
         )  # fmt: skip
-        mbarrier.arrive(dout_ring.empty.index(q_index), count=1)
-        store_columns(matrix(q_ring, q_index, WARPGROUP_ROWS, HEAD_DIM_PAD), dq, gradient_scale(score), WIDTH)
+        release(prog.dout_ring, own_place)
+        dq_tile = matrix(prog.q_ring, q_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+        store_columns(dq_tile, dq, gradient_scale(prog.score), prog.WIDTH)
         fence_async_shared()
-        coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
-        start_store(dq_desc, coordinates, q_ring.buffers.index(q_index))
+        coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, prog.PACKED)
+        start_store(prog.dq_desc, coordinates, prog.q_ring.buffers.index(q_index))
         tma.store_wait(0)
-        mbarrier.arrive(q_ring.empty.index(q_index), count=1)
-        q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+        release(prog.q_ring, own_place)
+        q_place = advance(q_place, prog.Q_STAGES)
+        await_full(prog.tiles, t_place)
 
 
 SIZES = [
@@ -228,11 +261,13 @@ def attn_bwd_dq_kernel(
     k_ring = allocate_ring(k_desc, K_STAGES, CONSUMERS)
     v_ring = allocate_ring(v_desc, V_STAGES, CONSUMERS)
     tiles = allocate_tiles(CONSUMERS)
+    prog = Program(
+        dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work, window, score,
+        dropout,
+        HEAD_DIM, HEAD_DIM_PAD, WIDTH, BLOCK_N, CONSUMERS, K_STAGES, V_STAGES, Q_STAGES, DRAW_AHEAD, PACKED,
+    )  # fmt: skip
     gl.warp_specialize([
-        (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
-        (dq_partition, (dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, work, window, score,
-                        dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, WIDTH, K_STAGES, V_STAGES, Q_STAGES, PACKED)),
-        (load_partition, (q_desc, dout_desc, k_desc, v_desc, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work,
-                          window, CONSUMERS, BLOCK_N, K_STAGES, V_STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
+        (dq_partition, (prog, 0)),
+        (dq_partition, (prog, 1)),
+        (load_partition, (prog,)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

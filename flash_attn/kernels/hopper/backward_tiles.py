@@ -9,17 +9,17 @@ from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, gl, gluon
 
 
 @gluon.jit
-def tile_weights(qk, row_lse, rows, cols, masked, span, window, score, slope, dropout, bits):
+def tile_weights(prog, qk, row_lse, rows, cols, masked, span, slope, bits):
     """(softmax weights, the same times d(score)/d(q . k)) of a tile of dot products, in either orientation; 0 where a row may
     not see a key, negative where dropped."""
-    tile = score_forward(qk, key_distance(rows, cols, span), score, slope)
+    tile = score_forward(qk, key_distance(rows, cols, span), prog.score, slope)
     if masked:
-        lo, hi = key_interval(rows, span, window)
-        tile = hide(tile, cols, lo, hi, window)
-    weights = softmax_weights(tile, unit_log2(score), row_lse)
-    if dropout.rng_state is not None:
-        weights = mark_dropped(dropout, bits, weights)
-    return weights, score_backward(weights, tile, qk, score)
+        lo, hi = key_interval(rows, span, prog.window)
+        tile = hide(tile, cols, lo, hi, prog.window)
+    weights = softmax_weights(tile, unit_log2(prog.score), row_lse)
+    if prog.dropout.rng_state is not None:
+        weights = mark_dropped(prog.dropout, bits, weights)
+    return weights, score_backward(weights, tile, qk, prog.score)
 
 
 @gluon.jit
@@ -78,23 +78,19 @@ def load_statistic(t, batch, head, span, first, other, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def allocate_key_words(dropout, DEPTH: gl.constexpr, unused):
-    """Room in shared memory for dropout's key, three words for each head, of DEPTH query blocks; `unused` without dropout."""
-    if dropout.rng_state is not None:
-        key_words = gl.allocate_shared_memory(gl.uint32, [DEPTH * 3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    else:
-        key_words = unused
-    return key_words
+def allocate_key_words(DEPTH: gl.constexpr):
+    """Room in shared memory for dropout's key, three words for each head, of DEPTH query blocks."""
+    return gl.allocate_shared_memory(gl.uint32, [DEPTH * 3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def store_key(key_words, slot, dropout, batch_head):
+def store_key(prog, slot, batch_head):
     """Keep a block's key in its slot, by one warp: once for all consumers, and where heads change in a tile."""
-    if dropout.rng_state is not None:
+    if prog.dropout.rng_state is not None:
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        words = load_key(dropout, batch_head)
+        words = load_key(prog.dropout, batch_head)
         for i in gl.static_range(3):
-            key_words.index(slot * 3 + i).store(gl.full([1], words[i], gl.uint32, layout))
+            prog.key_words.index(slot * 3 + i).store(gl.full([1], words[i], gl.uint32, layout))
 
 
 @gluon.jit
@@ -110,13 +106,13 @@ def _word(key_words, index):
 
 
 @gluon.jit
-def transposed_bits(dropout, key_words, slot, first_row, first_key, layout: gl.constexpr, BLOCK_M: gl.constexpr):
+def transposed_bits(prog, slot, first_row, first_key, layout: gl.constexpr):
     """`tile_bits` of a block of queries and one consumer's keys, (64, BLOCK_M), under the words of the block's slot."""
     bits = 0
-    if dropout.rng_state is not None:
-        row_lanes = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))[None, :]
+    if prog.dropout.rng_state is not None:
+        row_lanes = gl.arange(0, prog.BLOCK_M, layout=gl.SliceLayout(0, layout))[None, :]
         key_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-        bits = tile_bits(dropout, stored_key(key_words, slot), first_row, row_lanes, first_key, key_lanes)
+        bits = tile_bits(prog.dropout, stored_key(prog.key_words, slot), first_row, row_lanes, first_key, key_lanes)
     return bits
 
 

@@ -26,6 +26,8 @@ miscompiles two sibling loops that share a tensor-core descriptor; and the spin 
 softmax and the wait for P V, because it would otherwise move that wait above the exponentials.
 """
 
+from typing import Any
+
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import load_key
 from flash_attn.kernels.algebra.score import load_slope, unit_log2
@@ -45,9 +47,12 @@ from flash_attn.kernels.hopper.forward_tiles import drop_block, finish, score_bl
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
+    Place,
     accumulator_layout,
     advance,
+    aggregate,
     allocate_ring,
+    await_full,
     await_turn,
     give_turn,
     gl,
@@ -55,6 +60,7 @@ from flash_attn.kernels.hopper.pipeline import (
     matrix,
     mbarrier,
     partial_layout,
+    release,
     tma,
     warpgroup_mma_wait,
 )
@@ -70,240 +76,247 @@ from flash_attn.kernels.hopper.schedule import (
 TURN_THREADS = gl.constexpr(256)
 
 
+@aggregate
+class Program:
+    """What the partitions of a program share; what is written in capitals is known when it is compiled."""
+
+    o_desc: Any
+    softmax_lse: Any
+    tiles: Any
+    q_ring: Any
+    k_ring: Any
+    v_ring: Any
+    o_buffers: Any  # one of each consumer; without OVERLAP those of q_ring
+    sequences: Any
+    work: Any
+    window: Any
+    score: Any
+    dropout: Any
+    HEAD_DIM_PAD: Any
+    WIDTH: Any
+    BLOCK_N: Any
+    CONSUMERS: Any
+    STAGES: Any
+    OVERLAP: Any
+    PING_PONG: Any
+    DRAW_AHEAD: Any
+    Q_IN_REGISTERS: Any
+    PACKED: Any
+
+
 @gluon.jit
-def product_qk(q_tile, k_ring, slot, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr):
+def product_qk(prog, q_tile, slot):
     """Issue S = Q K^T, (64, BLOCK_N)."""
-    return inner_products(q_tile, matrix(k_ring, slot, BLOCK_N, HEAD_DIM_PAD), BLOCK_N, WIDTH)
+    k_tile = matrix(prog.k_ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD)
+    return inner_products(q_tile, k_tile, prog.BLOCK_N, prog.WIDTH)
 
 
 @gluon.jit
-def own_queries(
-    q_ring, index, phase, present, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, IN_REGISTERS: gl.constexpr
-):
+def own_queries(prog, index, phase, present):
     """Wait for a consumer's Q of a tile that is present: (64, HEAD_DIM_PAD) in shared memory, or read into registers."""
-    q_tile = matrix(q_ring, index, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    mbarrier.wait(q_ring.full.index(index), phase, pred=present)
-    if IN_REGISTERS:
-        q_tile = q_tile.load(gl.DotOperandLayout(0, accumulator_layout(BLOCK_N), 2))
+    q_tile = matrix(prog.q_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+    mbarrier.wait(prog.q_ring.full.index(index), phase, pred=present)
+    if prog.Q_IN_REGISTERS:
+        q_tile = q_tile.load(gl.DotOperandLayout(0, accumulator_layout(prog.BLOCK_N), 2))
     return q_tile
 
 
 @gluon.jit
-def product_pv(weights, v_ring, slot, acc, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr):
+def product_pv(prog, weights, slot, acc):
     """Issue O += P V."""
-    return accumulate_columns(weights, matrix(v_ring, slot, BLOCK_N, HEAD_DIM_PAD), acc, WIDTH)
+    v_tile = matrix(prog.v_ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD)
+    return accumulate_columns(weights, v_tile, acc, prog.WIDTH)
 
 
 @gluon.jit
-def tile_follows(tiles, slot, phase, last):
+def tile_follows(tiles, place, last):
     """Whether another tile follows, which only the last step of a tile waits to learn."""
-    mbarrier.wait(tiles.full.index(slot), phase, pred=last)
-    return last & (tile_field(tiles, slot, 0) >= 0)
+    await_full(tiles, place, last)
+    return last & (tile_field(tiles, place.index, 0) >= 0)
 
 
 @gluon.jit
 def attend_blocks(
-    q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin, last,
-    full_begin, full_end, follows, unread, tiles, next_slot, next_phase, span, window, score, slope, unit, dropout,
-    key,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, last, full_begin, full_end, follows,
+    unread, tiles, next_place, span, slope, unit, key, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Key blocks last - 1 down to begin; the product of the last weights with their values stays to be done."""
-    NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
+    NEXT: gl.constexpr = (CONSUMER + 1) % prog.CONSUMERS
     operand: gl.constexpr = weights.type.layout
     for step in range(0, last - begin):
         n_block = last - 1 - step
-        if PING_PONG:
+        if prog.PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        if PING_PONG:
+        tile = product_qk(prog, q_tile, k_place.index)
+        await_full(prog.v_ring, v_place)
+        acc = product_pv(prog, weights, v_place.index, acc)
+        if prog.PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
         if tiles is not None:
-            follows = tile_follows(tiles, next_slot, next_phase, n_block == begin)
-        tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
-        mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
-        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        tile, offset = score_block(tile, first_row, n_block, full_begin, full_end, span, window, score, slope, BLOCK_N)
-        p, rescale, row_max, row_sums = softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N)
-        p = drop_block(p, first_row, n_block, dropout, key, BLOCK_N)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=(n_block > begin) | unread | follows)
+            follows = tile_follows(tiles, next_place, n_block == begin)
+        tile = warpgroup_mma_wait(num_parts(prog.WIDTH), deps=(tile,))
+        release(prog.k_ring, k_place)
+        k_place = advance(k_place, prog.STAGES)
+        tile, offset = score_block(prog, tile, first_row, n_block, full_begin, full_end, span, slope)
+        p, rescale, row_max, row_sums = softmax_step(prog, row_max, row_sums, tile, offset, unit)
+        p = drop_block(prog, p, first_row, n_block, key)
+        await_full(prog.k_ring, k_place, (n_block > begin) | unread | follows)
         acc = await_columns(acc)
-        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
-        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+        release(prog.v_ring, v_place)
+        v_place = advance(v_place, prog.STAGES)
         weights = gl.convert_layout(p.to(q_tile.dtype), operand)
-        if score.bounded is None:
+        if prog.score.bounded is None:
             acc = scale_columns(acc, rescale)
-    return weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows
+    return weights, acc, row_max, row_sums, k_place, v_place, follows
 
 
 @gluon.jit
-def attend_overlapped(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def attend_overlapped(prog, CONSUMER: gl.constexpr):
     """One consumer, with OVERLAP: the first key block of a tile runs beside the last values of the tile before."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    NEXT: gl.constexpr = (CONSUMER + 1) % CONSUMERS
-    tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
+    BLOCK_M: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    NEXT: gl.constexpr = (CONSUMER + 1) % prog.CONSUMERS
+    tile_layout: gl.constexpr = accumulator_layout(prog.BLOCK_N)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(prog.WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
-    dtype: gl.constexpr = o_buffers.dtype
-    unit = unit_log2(score)
-    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0, 0
-    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(score), gl.float32, row_layout)
+    dtype: gl.constexpr = prog.o_buffers.dtype
+    unit = unit_log2(prog.score)
+    t_place, q_place, k_place, v_place = Place(0, 0), Place(0, 0), Place(0, 0), Place(0, 0)
+    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(prog.score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
     row_max, row_sums = lowest, nothing
-    weights = gl.convert_layout(gl.zeros((WARPGROUP_ROWS, BLOCK_N), dtype, tile_layout), operand)
-    acc = zero_columns(WIDTH)
-    if PING_PONG and CONSUMER == CONSUMERS - 1:
+    weights = gl.convert_layout(gl.zeros((WARPGROUP_ROWS, prog.BLOCK_N), dtype, tile_layout), operand)
+    acc = zero_columns(prog.WIDTH)
+    if prog.PING_PONG and CONSUMER == prog.CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
     old_slot, unread = 0, 0  # values that the tiles before left in their ring
-    mbarrier.wait(tiles.full.index(t_slot), t_phase)
-    present = tile_field(tiles, t_slot, 0) >= 0
-    pending = present & (t_slot > 0)  # whether the tile before still needs its last product
-    mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present)
+    await_full(prog.tiles, t_place)
+    present = tile_field(prog.tiles, t_place.index, 0) >= 0
+    pending = present & (t_place.index > 0)  # whether the tile before still needs its last product
+    await_full(prog.k_ring, k_place, present)
     while present | pending:
-        first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        before, behind = unseen_blocks(first_row, begin, end, span, window, present, CONSUMER, CONSUMERS, BLOCK_N, STAGES,
-                                       PING_PONG)  # fmt: skip
-        k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, behind, True, STAGES)
+        first_row = tile_field(prog.tiles, t_place.index, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        span = announced_span(prog, t_place.index)
+        before, behind = unseen_blocks(prog, first_row, begin, end, span, present, CONSUMER)
+        k_place = skip_keys(prog, k_place, behind, True)
         begin, end, unread = begin + before, end - behind, unread + behind
-        q_index = q_slot * CONSUMERS + CONSUMER
-        q_tile = own_queries(q_ring, q_index, q_phase, present, BLOCK_N, HEAD_DIM_PAD, Q_IN_REGISTERS)
-        if PING_PONG:
+        q_index = q_place.index * prog.CONSUMERS + CONSUMER
+        q_tile = own_queries(prog, q_index, q_place.phase, present)
+        if prog.PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        mbarrier.wait(v_ring.full.index(v_slot), v_phase, pred=pending)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        if PING_PONG:
+        tile = product_qk(prog, q_tile, k_place.index)
+        await_full(prog.v_ring, v_place, pending)
+        acc = product_pv(prog, weights, v_place.index, acc)
+        if prog.PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
-        full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
-        slope = load_slope(score, tile_field(tiles, t_slot, 2), tile_field(tiles, t_slot, 1))
-        key = load_key(dropout, tile_field(tiles, t_slot, 2) * work.nheads + tile_field(tiles, t_slot, 1))
-        next_slot, next_phase = advance(t_slot, t_phase, TILE_STAGES)
-        follows = tile_follows(tiles, next_slot, next_phase, present & (end - begin == 1))
-        tile = warpgroup_mma_wait(num_parts(WIDTH), deps=(tile,))
-        mbarrier.arrive(k_ring.empty.index(k_slot), count=1, pred=present)
-        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        tile, offset = score_block(tile, first_row, end - 1, full_begin, full_end, span, window, score, slope, BLOCK_N)
-        inverse_sum, lse = finish(row_max, row_sums, unit, score, dropout, tile_field(tiles, old_slot, 1))
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
-        p = drop_block(p, first_row, end - 1, dropout, key, BLOCK_N)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=present & ((end - begin > 1) | (before > 0) | follows))
+        full_begin, full_end = full_key_blocks(first_row, span, prog.window, prog.BLOCK_N)
+        batch, head = tile_field(prog.tiles, t_place.index, 2), tile_field(prog.tiles, t_place.index, 1)
+        slope = load_slope(prog.score, batch, head)
+        key = load_key(prog.dropout, batch * prog.work.nheads + head)
+        next_place = advance(t_place, TILE_STAGES)
+        follows = tile_follows(prog.tiles, next_place, present & (end - begin == 1))
+        tile = warpgroup_mma_wait(num_parts(prog.WIDTH), deps=(tile,))
+        release(prog.k_ring, k_place, present)
+        k_place = advance(k_place, prog.STAGES)
+        tile, offset = score_block(prog, tile, first_row, end - 1, full_begin, full_end, span, slope)
+        inverse_sum, lse = finish(prog, row_max, row_sums, unit, tile_field(prog.tiles, old_slot, 1))
+        p, _rescale, row_max, row_sums = softmax_step(prog, lowest, nothing, tile, offset, unit)
+        p = drop_block(prog, p, first_row, end - 1, key)
+        more = (end - begin > 1) | (before > 0) | follows
+        await_full(prog.k_ring, k_place, present & more)
         acc = await_columns(acc)
         weights = gl.convert_layout(p.to(dtype), operand)
         if pending:
-            mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
-            v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+            release(prog.v_ring, v_place)
+            v_place = advance(v_place, prog.STAGES)
             tma.store_wait(0)
-            old_row = tile_field(tiles, old_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-            store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, old_row,
-                       announced_span(tiles, old_slot, work, PACKED), tile_field(tiles, old_slot, 2),
-                       tile_field(tiles, old_slot, 1), HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
-            mbarrier.arrive(tiles.empty.index(old_slot), count=1)
-        v_slot, v_phase = skip_values(v_ring, v_slot, v_phase, unread, STAGES)
-        acc = zero_columns(WIDTH)
+            old_row = tile_field(prog.tiles, old_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+            old_span = announced_span(prog, old_slot)
+            old_batch, old_head = tile_field(prog.tiles, old_slot, 2), tile_field(prog.tiles, old_slot, 1)
+            store_tile(prog, acc, inverse_sum, lse, old_row, old_span, old_batch, old_head, CONSUMER)
+            mbarrier.arrive(prog.tiles.empty.index(old_slot), count=1)
+        v_place = skip_values(prog, v_place, unread)
+        acc = zero_columns(prog.WIDTH)
         last = gl.where(present, end - 1, begin)
-        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, follows = attend_blocks(
-            q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            last, full_begin, full_end, follows, before > 0, tiles, next_slot, next_phase, span, window, score, slope, unit,
-            dropout, key,
-            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
+        weights, acc, row_max, row_sums, k_place, v_place, follows = attend_blocks(
+            prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, last, full_begin, full_end,
+            follows, before > 0, prog.tiles, next_place, span, slope, unit, key, CONSUMER,
         )  # fmt: skip
-        k_slot, k_phase = skip_keys(k_ring, k_slot, k_phase, before, follows, STAGES)
+        k_place = skip_keys(prog, k_place, before, follows)
         unread = before
-        mbarrier.arrive(q_ring.empty.index(q_index), count=1, pred=present)
-        q_slot, q_phase = advance(q_slot, q_phase, 2)
-        old_slot, t_slot, t_phase = t_slot, next_slot, next_phase
+        mbarrier.arrive(prog.q_ring.empty.index(q_index), count=1, pred=present)
+        q_place = advance(q_place, 2)
+        old_slot, t_place = t_place.index, next_place
         pending, present = present, follows
     tma.store_wait(0)
-    if PING_PONG and CONSUMER == 0:
+    if prog.PING_PONG and CONSUMER == 0:
         await_turn(FIRST_TURN + 0, TURN_THREADS)
 
 
 @gluon.jit
-def attend_serially(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def attend_serially(prog, CONSUMER: gl.constexpr):
     """One consumer that finishes a tile before the next one; out leaves through Q's buffer."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    tile_layout: gl.constexpr = accumulator_layout(BLOCK_N)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(WIDTH)), 2)
+    BLOCK_M: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    tile_layout: gl.constexpr = accumulator_layout(prog.BLOCK_N)
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(first_part(prog.WIDTH)), 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
-    dtype: gl.constexpr = o_buffers.dtype
-    unit = unit_log2(score)
-    t_slot, t_phase, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 0, 0, 0, 0, 0, 0
-    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(score), gl.float32, row_layout)
+    dtype: gl.constexpr = prog.o_buffers.dtype
+    unit = unit_log2(prog.score)
+    t_place, q_phase, k_place, v_place = Place(0, 0), 0, Place(0, 0), Place(0, 0)
+    lowest = gl.full((WARPGROUP_ROWS,), lowest_max(prog.score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
-    q_tile = matrix(q_ring, CONSUMER, WARPGROUP_ROWS, HEAD_DIM_PAD)
-    if PING_PONG and CONSUMER == CONSUMERS - 1:
+    q_tile = matrix(prog.q_ring, CONSUMER, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
+    if prog.PING_PONG and CONSUMER == prog.CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
-    mbarrier.wait(tiles.full.index(t_slot), t_phase)
-    while tile_field(tiles, t_slot, 0) >= 0:
-        first_row = tile_field(tiles, t_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-        head, batch = tile_field(tiles, t_slot, 1), tile_field(tiles, t_slot, 2)
-        begin, end = tile_field(tiles, t_slot, 3), tile_field(tiles, t_slot, 4)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        full_begin, full_end = full_key_blocks(first_row, span, window, BLOCK_N)
-        slope = load_slope(score, batch, head)
-        key = load_key(dropout, batch * work.nheads + head)
-        mbarrier.wait(q_ring.full.index(CONSUMER), q_phase)
+    await_full(prog.tiles, t_place)
+    while tile_field(prog.tiles, t_place.index, 0) >= 0:
+        first_row = tile_field(prog.tiles, t_place.index, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
+        head, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
+        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        span = announced_span(prog, t_place.index)
+        full_begin, full_end = full_key_blocks(first_row, span, prog.window, prog.BLOCK_N)
+        slope = load_slope(prog.score, batch, head)
+        key = load_key(prog.dropout, batch * prog.work.nheads + head)
+        mbarrier.wait(prog.q_ring.full.index(CONSUMER), q_phase)
         q_phase ^= 1
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase)
-        tile = product_qk(q_tile, k_ring, k_slot, BLOCK_N, HEAD_DIM_PAD, WIDTH)
+        await_full(prog.k_ring, k_place)
+        tile = product_qk(prog, q_tile, k_place.index)
         tile = warpgroup_mma_wait(0, deps=(tile,))
-        mbarrier.arrive(k_ring.empty.index(k_slot), count=1)
-        k_slot, k_phase = advance(k_slot, k_phase, STAGES)
-        tile, offset = score_block(tile, first_row, end - 1, full_begin, full_end, span, window, score, slope, BLOCK_N)
-        p, _rescale, row_max, row_sums = softmax_step(lowest, nothing, tile, offset, unit, score, BLOCK_N)
-        p = drop_block(p, first_row, end - 1, dropout, key, BLOCK_N)
+        release(prog.k_ring, k_place)
+        k_place = advance(k_place, prog.STAGES)
+        tile, offset = score_block(prog, tile, first_row, end - 1, full_begin, full_end, span, slope)
+        p, _rescale, row_max, row_sums = softmax_step(prog, lowest, nothing, tile, offset, unit)
+        p = drop_block(prog, p, first_row, end - 1, key)
         weights = gl.convert_layout(p.to(dtype), operand)
-        mbarrier.wait(k_ring.full.index(k_slot), k_phase, pred=end - begin > 1)
-        acc = zero_columns(WIDTH)
-        weights, acc, row_max, row_sums, k_slot, k_phase, v_slot, v_phase, _follows = attend_blocks(
-            q_tile, weights, acc, row_max, row_sums, k_ring, v_ring, k_slot, k_phase, v_slot, v_phase, first_row, begin,
-            end - 1, full_begin, full_end, False, False, None, 0, 0, span, window, score, slope, unit, dropout, key,
-            CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG,
+        await_full(prog.k_ring, k_place, end - begin > 1)
+        acc = zero_columns(prog.WIDTH)
+        weights, acc, row_max, row_sums, k_place, v_place, _follows = attend_blocks(
+            prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, end - 1, full_begin, full_end,
+            False, False, None, None, span, slope, unit, key, CONSUMER,
         )  # fmt: skip
-        mbarrier.wait(v_ring.full.index(v_slot), v_phase)
-        acc = product_pv(weights, v_ring, v_slot, acc, BLOCK_N, HEAD_DIM_PAD, WIDTH)
-        inverse_sum, lse = finish(row_max, row_sums, unit, score, dropout, head)
-        mbarrier.arrive(tiles.empty.index(t_slot), count=1)
-        t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-        mbarrier.wait(tiles.full.index(t_slot), t_phase)
+        await_full(prog.v_ring, v_place)
+        acc = product_pv(prog, weights, v_place.index, acc)
+        inverse_sum, lse = finish(prog, row_max, row_sums, unit, head)
+        release(prog.tiles, t_place)
+        t_place = advance(t_place, TILE_STAGES)
+        await_full(prog.tiles, t_place)
         acc = await_columns(acc)
-        mbarrier.arrive(v_ring.empty.index(v_slot), count=1)
-        v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-        store_tile(o_desc, o_buffers.index(CONSUMER), acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
-                   HEAD_DIM_PAD, WIDTH, PACKED)  # fmt: skip
+        release(prog.v_ring, v_place)
+        v_place = advance(v_place, prog.STAGES)
+        store_tile(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER)
         tma.store_wait(0)
-        mbarrier.arrive(q_ring.empty.index(CONSUMER), count=1)
-    if PING_PONG and CONSUMER == 0:
+        mbarrier.arrive(prog.q_ring.empty.index(CONSUMER), count=1)
+    if prog.PING_PONG and CONSUMER == 0:
         await_turn(FIRST_TURN + 0, TURN_THREADS)
 
 
 @gluon.jit
-def attend_partition(
-    o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def attend_partition(prog, CONSUMER: gl.constexpr):
     """One consumer."""
-    if OVERLAP:
-        attend_overlapped(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                          dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, Q_IN_REGISTERS,
-                          PACKED)  # fmt: skip
+    if prog.OVERLAP:
+        attend_overlapped(prog, CONSUMER)
     else:
-        attend_serially(o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                        dropout, CONSUMER, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, PING_PONG, PACKED)  # fmt: skip
+        attend_serially(prog, CONSUMER)
 
 
 SIZES = [
@@ -332,36 +345,28 @@ def attn_fwd_kernel(
         o_buffers = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
     else:
         o_buffers = q_ring.buffers
+    prog = Program(
+        o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
+        HEAD_DIM_PAD, WIDTH, BLOCK_N, CONSUMERS, STAGES, OVERLAP, PING_PONG, DRAW_AHEAD, Q_IN_REGISTERS, PACKED,
+    )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
+            (attend_partition, (prog, 0)),
+            (attend_partition, (prog, 1)),
+            (load_partition, (prog,)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif CONSUMERS == 3:
         gl.warp_specialize([
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
+            (attend_partition, (prog, 0)),
+            (attend_partition, (prog, 1)),
+            (attend_partition, (prog, 2)),
+            (load_partition, (prog,)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 0, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 1, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 2, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (attend_partition, (o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score,
-                      dropout, 3, CONSUMERS, BLOCK_N, HEAD_DIM_PAD, WIDTH, STAGES, OVERLAP, PING_PONG, Q_IN_REGISTERS, PACKED)),
-            (load_partition, (q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-                              CONSUMERS, BLOCK_N, STAGES, Q_STAGES, DRAW_AHEAD, PACKED)),
+            (attend_partition, (prog, 0)),
+            (attend_partition, (prog, 1)),
+            (attend_partition, (prog, 2)),
+            (attend_partition, (prog, 3)),
+            (load_partition, (prog,)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -1,6 +1,6 @@
 """The loading warp of the Hopper forward: draws tiles, announces them, and keeps the rings of Q, K and V full."""
 
-from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, advance, fill, gl, gluon
+from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Place, advance, fill, fill_keys, fill_queries, gl, gluon
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
     announce_next,
@@ -14,54 +14,43 @@ from flash_attn.kernels.hopper.schedule import (
 
 
 @gluon.jit
-def load_queries(
-    q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head,
-    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def load_queries(prog, q_place, m_block, span, batch, head):
     """Copy the rows of every consumer, once its slot is free."""
-    for consumer in gl.static_range(CONSUMERS):
-        first = (m_block * CONSUMERS + consumer) * WARPGROUP_ROWS
-        slot = q_slot * CONSUMERS + consumer
-        fill(q_ring, slot, q_phase, q_desc, span.start_q, span.seqlen_q, first, batch, head, PACKED)
-    return advance(q_slot, q_phase, Q_STAGES)
+    for consumer in gl.static_range(prog.CONSUMERS):
+        first = (m_block * prog.CONSUMERS + consumer) * WARPGROUP_ROWS
+        slot = q_place.index * prog.CONSUMERS + consumer
+        fill_queries(prog, prog.q_ring, Place(slot, q_place.phase), span, first, batch, head)
+    return advance(q_place, 2 if prog.OVERLAP else 1)
 
 
 @gluon.jit
-def load_partition(
-    q_desc, k_desc, v_desc, tiles, q_ring, k_ring, v_ring, sequences, work, window,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    DRAW_AHEAD: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
+def load_partition(prog):
     """Draws tiles and keeps the rings full: in the order in which consumers read, values one block behind the keys."""
-    BLOCK_M: gl.constexpr = CONSUMERS * WARPGROUP_ROWS
-    t_slot, t_phase, q_slot, q_phase, k_slot, k_phase, v_slot, v_phase = 0, 1, 0, 1, 0, 1, 0, 1
+    BLOCK_M: gl.constexpr = prog.CONSUMERS * WARPGROUP_ROWS
+    t_place, q_place, k_place, v_place = Place(0, 1), Place(0, 1), Place(0, 1), Place(0, 1)
     value, value_start, value_length, value_batch, value_head = -1, 0, 0, 0, 0  # the values that come next; -1: none
-    announce_next(tiles, t_slot, t_phase, first_tile(work), sequences, work, window, BLOCK_M, BLOCK_N)
-    while tile_field(tiles, t_slot, 0) >= 0:
-        m_block, head, batch, begin, end = announced_tile(tiles, t_slot)
-        span = announced_span(tiles, t_slot, work, PACKED)
-        head_k = head // work.group
-        if Q_STAGES == 2:
-            q_slot, q_phase = load_queries(
-                q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
-            )
+    announce_next(prog, t_place, first_tile(prog.work), BLOCK_M, prog.BLOCK_N)
+    while tile_field(prog.tiles, t_place.index, 0) >= 0:
+        m_block, head, batch, begin, end = announced_tile(prog, t_place.index)
+        span = announced_span(prog, t_place.index)
+        head_k = head // prog.work.group
+        if prog.OVERLAP:
+            q_place = load_queries(prog, q_place, m_block, span, batch, head)
         for n_block in range(end - 1, begin - 1, -1):
-            first = n_block * BLOCK_N
-            fill(k_ring, k_slot, k_phase, k_desc, span.start_k, span.seqlen_k, first, batch, head_k, PACKED)
-            k_slot, k_phase = advance(k_slot, k_phase, STAGES)
+            first = n_block * prog.BLOCK_N
+            fill_keys(prog, prog.k_ring, k_place, span, first, batch, head_k)
+            k_place = advance(k_place, prog.STAGES)
             if value >= 0:
-                fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
-                v_slot, v_phase = advance(v_slot, v_phase, STAGES)
+                fill(prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head, prog.PACKED)
+                v_place = advance(v_place, prog.STAGES)
             value, value_start, value_length = first, span.start_k, span.seqlen_k
             value_batch, value_head = batch, head_k
-            if Q_STAGES == 1:
+            if not prog.OVERLAP:
                 if n_block == end - 1:  # out of the tile before leaves through the same buffer
-                    q_slot, q_phase = load_queries(
-                        q_desc, q_ring, q_slot, q_phase, m_block, span, batch, head, CONSUMERS, Q_STAGES, PACKED
-                    )
-            if n_block == gl.minimum(begin + DRAW_AHEAD, end - 1):
-                t_slot, t_phase = advance(t_slot, t_phase, TILE_STAGES)
-                announce_next(tiles, t_slot, t_phase, draw(work), sequences, work, window, BLOCK_M, BLOCK_N)
+                    q_place = load_queries(prog, q_place, m_block, span, batch, head)
+            if n_block == gl.minimum(begin + prog.DRAW_AHEAD, end - 1):
+                t_place = advance(t_place, TILE_STAGES)
+                announce_next(prog, t_place, draw(prog.work), BLOCK_M, prog.BLOCK_N)
     if value >= 0:
-        fill(v_ring, v_slot, v_phase, v_desc, value_start, value_length, value, value_batch, value_head, PACKED)
-    clear_counter(work)
+        fill(prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head, prog.PACKED)
+    clear_counter(prog.work)

@@ -23,11 +23,11 @@ from flash_attn.kernels.hopper.pipeline import (
 
 
 @gluon.jit
-def row_maximum(tile, offset, score, BLOCK_N: gl.constexpr):
+def row_maximum(prog, tile, offset):
     """Maximum of each row: over a thread's own columns first, then between the four lanes of a row."""
     layout: gl.constexpr = gl.SliceLayout(1, tile.type.layout)
-    partial = gl.max(tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8), 1)
-    if score.one_sided is not None:
+    partial = gl.max(tile.reshape(WARPGROUP_ROWS, prog.BLOCK_N // 8, 8), 1)
+    if prog.score.one_sided is not None:
         partial += offset
     return gl.convert_layout(gl.max(partial, 1), layout)
 
@@ -39,17 +39,17 @@ def partial_row_sums(weights, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(row_max, row_sums, tile, offset, unit, score, BLOCK_N: gl.constexpr):
+def softmax_step(prog, row_max, row_sums, tile, offset, unit):
     """algebra.softmax.softmax_step, or softmax_step_bounded, with the row sums left in parts, which saves their shuffles."""
-    if score.bounded is not None:
+    if prog.score.bounded is not None:
         weights, rescale = softmax_weights(tile, unit, 0.0), 1.0
-        row_sums = row_sums + partial_row_sums(weights, BLOCK_N)
+        row_sums = row_sums + partial_row_sums(weights, prog.BLOCK_N)
     else:
-        new_max = gl.maximum(row_max, row_maximum(tile, offset, score, BLOCK_N))
+        new_max = gl.maximum(row_max, row_maximum(prog, tile, offset))
         pivot = softmax_pivot(new_max, unit)
-        weights = softmax_weights(tile, unit, tile_pivot(pivot, offset, unit, tile, score, BLOCK_N))
+        weights = softmax_weights(tile, unit, tile_pivot(prog, pivot, offset, unit, tile))
         rescale = softmax_rescale(row_max, unit, pivot)
-        row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, BLOCK_N)
+        row_sums = row_sums * along_rows(rescale, partial_layout()) + partial_row_sums(weights, prog.BLOCK_N)
         row_max = new_max
     return weights, rescale, row_max, row_sums
 
@@ -69,22 +69,22 @@ def tile_distance(rows, first_col, span, groups_layout: gl.constexpr, BLOCK_N: g
 
 
 @gluon.jit
-def tile_pivot(pivot, offset, unit, tile, score, BLOCK_N: gl.constexpr):
+def tile_pivot(prog, pivot, offset, unit, tile):
     """What the exponents of a tile that lacks `offset` are taken against."""
     layout: gl.constexpr = tile.type.layout
-    if score.one_sided is None:
+    if prog.score.one_sided is None:
         result = pivot[:, None]
     else:
-        groups_layout: gl.constexpr = tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8).type.layout
+        groups_layout: gl.constexpr = tile.reshape(WARPGROUP_ROWS, prog.BLOCK_N // 8, 8).type.layout
         row_layout: gl.constexpr = gl.SliceLayout(1, groups_layout)
         pivot = gl.convert_layout(pivot, gl.SliceLayout(1, row_layout))[:, None] - offset * unit
-        spread = gl.expand_dims(pivot, 1) + gl.zeros((WARPGROUP_ROWS, BLOCK_N // 8, 8), gl.float32, groups_layout)
-        result = gl.convert_layout(spread.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
+        spread = gl.expand_dims(pivot, 1) + gl.zeros((WARPGROUP_ROWS, prog.BLOCK_N // 8, 8), gl.float32, groups_layout)
+        result = gl.convert_layout(spread.reshape(WARPGROUP_ROWS, prog.BLOCK_N), layout)
     return result
 
 
 @gluon.jit
-def score_block(tile, first_row, n_block, full_begin, full_end, span, window, score, slope, BLOCK_N: gl.constexpr):
+def score_block(prog, tile, first_row, n_block, full_begin, full_end, span, slope):
     """(scores of one block of dot products, -inf where a row may not see a key; what they lack, (64, 8) for each column of a
     group of 8, or 0).
 
@@ -93,70 +93,70 @@ def score_block(tile, first_row, n_block, full_begin, full_end, span, window, sc
     """
     layout: gl.constexpr = tile.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))
-    first_col = n_block * BLOCK_N
-    grouped = tile.reshape(WARPGROUP_ROWS, BLOCK_N // 8, 8)
+    first_col = n_block * prog.BLOCK_N
+    grouped = tile.reshape(WARPGROUP_ROWS, prog.BLOCK_N // 8, 8)
     groups_layout: gl.constexpr = grouped.type.layout
-    nearest, groups = tile_distance(rows, first_col, span, groups_layout, BLOCK_N)
-    if score.one_sided is not None:
-        grouped = score_forward(grouped, -groups, score, slope)
+    nearest, groups = tile_distance(rows, first_col, span, groups_layout, prog.BLOCK_N)
+    if prog.score.one_sided is not None:
+        grouped = score_forward(grouped, -groups, prog.score, slope)
         offset = -slope * nearest
     else:
-        grouped = score_forward(grouped, gl.expand_dims(nearest, 1) - groups, score, slope)
+        grouped = score_forward(grouped, gl.expand_dims(nearest, 1) - groups, prog.score, slope)
         offset = 0.0
-    tile = gl.convert_layout(grouped.reshape(WARPGROUP_ROWS, BLOCK_N), layout)
-    return mask_block(tile, rows, n_block, full_begin, full_end, span, window, BLOCK_N), offset
+    tile = gl.convert_layout(grouped.reshape(WARPGROUP_ROWS, prog.BLOCK_N), layout)
+    return mask_block(prog, tile, rows, n_block, full_begin, full_end, span), offset
 
 
 @gluon.jit
-def mask_block(tile, rows, n_block, full_begin, full_end, span, window, BLOCK_N: gl.constexpr):
+def mask_block(prog, tile, rows, n_block, full_begin, full_end, span):
     """Scores of a block, -inf where a row may not see a key. With a window only the side that the block crosses is looked at:
     it may cross both only where none of the blocks is full."""
-    lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, tile.type.layout))[None, :]
-    first_col = n_block * BLOCK_N
-    if window.left is None:
+    lanes = gl.arange(0, prog.BLOCK_N, layout=gl.SliceLayout(0, tile.type.layout))[None, :]
+    first_col = n_block * prog.BLOCK_N
+    if prog.window.left is None:
         if (n_block < full_begin) | (n_block >= full_end):
-            _lo, hi = key_interval(rows, span, window)
+            _lo, hi = key_interval(rows, span, prog.window)
             tile = hide_behind(tile, lanes, (hi - first_col)[:, None])
     else:
         if (n_block >= full_end) | (full_begin == full_end):
-            _lo, hi = key_interval(rows, span, window)
+            _lo, hi = key_interval(rows, span, prog.window)
             tile = hide_behind(tile, lanes, (hi - first_col)[:, None])
         if n_block < full_begin:
-            lo, _hi = key_interval(rows, span, window)
+            lo, _hi = key_interval(rows, span, prog.window)
             tile = hide_before(tile, lanes, (lo - first_col)[:, None])
     return tile
 
 
 @gluon.jit
-def drop_block(weights, first_row, n_block, dropout, key, BLOCK_N: gl.constexpr):
+def drop_block(prog, weights, first_row, n_block, key):
     """The weights that multiply v."""
-    if dropout.rng_state is not None:
+    if prog.dropout.rng_state is not None:
         layout: gl.constexpr = weights.type.layout
         row_lanes = gl.arange(0, WARPGROUP_ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-        lanes = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))[None, :]
-        bits = tile_bits(dropout, key, first_row, row_lanes, n_block * BLOCK_N, lanes)
-        weights = drop(dropout, bits, weights)
+        lanes = gl.arange(0, prog.BLOCK_N, layout=gl.SliceLayout(0, layout))[None, :]
+        bits = tile_bits(prog.dropout, key, first_row, row_lanes, n_block * prog.BLOCK_N, lanes)
+        weights = drop(prog.dropout, bits, weights)
     return weights
 
 
 @gluon.jit
-def finish(row_max, row_sums, unit, score, dropout, head):
+def finish(prog, row_max, row_sums, unit, head):
     """(what finishes acc, softmax_lse) from the parts of the row sums."""
     layout: gl.constexpr = row_max.type.layout
     row_sum = gl.convert_layout(gl.sum(row_sums, 1), layout)
-    inverse_sum, lse = softmax_finish(row_max, row_sum, unit, score.sinks, head)
-    return inverse_sum * kept_scale(dropout), lse
+    inverse_sum, lse = softmax_finish(row_max, row_sum, unit, prog.score.sinks, head)
+    return inverse_sum * kept_scale(prog.dropout), lse
 
 
 @gluon.jit
-def store_tile(o_desc, buffer, acc, inverse_sum, softmax_lse, lse, first_row, span, batch, head,
-               HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+def store_tile(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER: gl.constexpr):
     """out and softmax_lse of one consumer's rows; the copy of out is still running on return."""
+    buffer, softmax_lse = prog.o_buffers.index(CONSUMER), prog.softmax_lse
     out = scale_columns(acc, inverse_sum)
-    store_columns(buffer.reshape([WARPGROUP_ROWS, HEAD_DIM_PAD]), out, 1.0, WIDTH)
+    store_columns(buffer.reshape([WARPGROUP_ROWS, prog.HEAD_DIM_PAD]), out, 1.0, prog.WIDTH)
     fence_async_shared()
-    coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, PACKED)
-    start_store(o_desc, coordinates, buffer)
+    coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, prog.PACKED)
+    start_store(prog.o_desc, coordinates, buffer)
     row_layout: gl.constexpr = lse.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
     base = (

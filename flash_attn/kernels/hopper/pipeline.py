@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.core import _aggregate  # gluon.aggregate in later releases
 
 __all__ = ["fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait"]
 
@@ -26,19 +27,37 @@ WARPGROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup's tensor-core product
 RAGGED_ORIGIN = gl.constexpr(1 << 30)
 
 
-class Ring(NamedTuple):
-    """Buffers of one kind and their barriers, (depth, ...) each."""
+def aggregate(fields: type) -> type:
+    """Makes a class of annotated fields one argument of kernels' functions, built from their values in order.
+
+    Like a NamedTuple, but its constants stay known at compile time, and it is passed on whole.
+    """
+
+    def initialise(self: Any, *values: Any) -> None:
+        for name, value in zip(fields.__annotations__, values, strict=True):
+            setattr(self, name, gl.constexpr(None) if value is None else value)
+
+    initialise.__triton_builtin__ = True  # type: ignore[attr-defined]  # no source of a kernel's
+    fields.__init__ = initialise  # type: ignore[misc]
+    fields.__annotations__ = dict.fromkeys(fields.__annotations__, object)
+    return _aggregate(fields)
+
+
+@aggregate
+class Ring:
+    """Buffers of one kind and their barriers, (depth, ...) each; and the tensor map that fills them, if one does."""
 
     buffers: Any
     full: Any
     empty: Any
+    descriptor: Any
 
 
 @gluon.jit
 def allocate_ring(descriptor, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
     """A ring of DEPTH tiles of a tensor map, each filled by WRITERS arrivals and released by READERS."""
     buffers = gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + descriptor.block_type.shape, descriptor.layout)
-    return Ring(buffers, allocate_barriers(DEPTH, WRITERS), allocate_barriers(DEPTH, READERS))
+    return Ring(buffers, allocate_barriers(DEPTH, WRITERS), allocate_barriers(DEPTH, READERS), descriptor)
 
 
 @gluon.jit
@@ -50,14 +69,33 @@ def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
+class Place(NamedTuple):
+    """Where a producer or a reader is in a ring."""
+
+    index: Any
+    phase: Any
+
+
 @gluon.jit
-def advance(index, phase, DEPTH: gl.constexpr):
+def await_full(ring, place, pred=True):
+    """Wait until what a slot holds has landed."""
+    mbarrier.wait(ring.full.index(place.index), place.phase, pred=pred)
+
+
+@gluon.jit
+def release(ring, place, pred=True):
+    """Say that this reader is done with a slot."""
+    mbarrier.arrive(ring.empty.index(place.index), count=1, pred=pred)
+
+
+@gluon.jit
+def advance(place, DEPTH: gl.constexpr):
     """The next place in a ring."""
-    index += 1
+    index, phase = place.index + 1, place.phase
     if index == DEPTH:
         index = 0
         phase ^= 1
-    return index, phase
+    return Place(index, phase)
 
 
 @gluon.jit
@@ -82,11 +120,23 @@ def load_tile(descriptor, coordinates, barrier, buffer):
 
 
 @gluon.jit
-def fill(ring, slot, phase, descriptor, span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
+def fill(ring, place, span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
     """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free."""
-    mbarrier.wait(ring.empty.index(slot), phase)
+    mbarrier.wait(ring.empty.index(place.index), place.phase)
     coordinates = row_coordinates(span_start, seqlen, first, batch, head, PACKED)
-    load_tile(descriptor, coordinates, ring.full.index(slot), ring.buffers.index(slot))
+    load_tile(ring.descriptor, coordinates, ring.full.index(place.index), ring.buffers.index(place.index))
+
+
+@gluon.jit
+def fill_queries(prog, ring, place, span, first, batch, head):
+    """`fill` with rows of q, or of what is shaped like it."""
+    fill(ring, place, span.start_q, span.seqlen_q, first, batch, head, prog.PACKED)
+
+
+@gluon.jit
+def fill_keys(prog, ring, place, span, first, batch, head_k):
+    """`fill` with rows of k, or of what is shaped like it."""
+    fill(ring, place, span.start_k, span.seqlen_k, first, batch, head_k, prog.PACKED)
 
 
 @gluon.jit

@@ -38,7 +38,7 @@ def allocate_tiles(CONSUMERS: gl.constexpr):
     """The ring of announced tiles."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [TILE_STAGES * TILE_FIELDS, 1], layout)
-    return Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS))
+    return Ring(numbers, allocate_barriers(TILE_STAGES, 1), allocate_barriers(TILE_STAGES, CONSUMERS), None)
 
 
 @gluon.jit
@@ -163,16 +163,17 @@ def next_tile(index, sequences, work, window, TILE: gl.constexpr):
 
 
 @gluon.jit
-def announce_next(tiles, slot, phase, index, sequences, work, window, TILE: gl.constexpr, STEP: gl.constexpr):
+def announce_next(prog, place, index, TILE: gl.constexpr, STEP: gl.constexpr):
     """Hand the first tile from `index` on that has rows to all partitions, decoded, block -1 for none; returns its number."""
-    index, block, head, batch, span = next_tile(index, sequences, work, window, TILE)
+    tiles, work, window = prog.tiles, prog.work, prog.window
+    index, block, head, batch, span = next_tile(index, prog.sequences, work, window, TILE)
     begin, end = tile_blocks(block, span, work, window, TILE, STEP)
-    mbarrier.wait(tiles.empty.index(slot), phase)
+    mbarrier.wait(tiles.empty.index(place.index), place.phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     values = (block, head, batch, begin, end, span.start_q, span.start_k, span.seqlen_q, span.seqlen_k)
     for field in gl.static_range(TILE_FIELDS):
-        tiles.buffers.index(slot * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
-    mbarrier.arrive(tiles.full.index(slot), count=1)
+        tiles.buffers.index(place.index * TILE_FIELDS + field).store(gl.full([1], values[field], gl.int32, layout))
+    mbarrier.arrive(tiles.full.index(place.index), count=1)
     return index
 
 
@@ -184,16 +185,18 @@ def tile_field(tiles, slot, FIELD: gl.constexpr):
 
 
 @gluon.jit
-def announced_tile(tiles, slot):
+def announced_tile(prog, slot):
     """(block, head, batch, begin, end) of an announced tile."""
+    tiles = prog.tiles
     block, head, batch = tile_field(tiles, slot, 0), tile_field(tiles, slot, 1), tile_field(tiles, slot, 2)
     return block, head, batch, tile_field(tiles, slot, 3), tile_field(tiles, slot, 4)
 
 
 @gluon.jit
-def announced_span(tiles, slot, work, PACKED: gl.constexpr):
+def announced_span(prog, slot):
     """The span of an announced tile."""
-    if PACKED:
+    tiles = prog.tiles
+    if prog.PACKED:
         span = Span(
             tile_field(tiles, slot, 5),
             tile_field(tiles, slot, 6),
@@ -201,5 +204,5 @@ def announced_span(tiles, slot, work, PACKED: gl.constexpr):
             tile_field(tiles, slot, 8),
         )
     else:
-        span = Span(0, 0, work.seqlen_q, work.seqlen_k)
+        span = Span(0, 0, prog.work.seqlen_q, prog.work.seqlen_k)
     return span
