@@ -143,10 +143,11 @@ class Machine(RuleBasedStateMachine):
                 self.history.append(self.texts[sequence][:])
 
     def most_pages(self, sequence: int, new: list[int]) -> int:
-        """Pages that a step can need for one sequence: those it lacks, and one for a copy."""
-        page_size = self.cache.page_size
-        after = -(-(len(self.kept[sequence]) + len(new)) // page_size)
-        return max(after - len(self.cache.pages(sequence)), 0) + 1
+        """Pages that a step can need for one sequence: those it lacks, and copies of those it shares and writes."""
+        page_size, pages, kept = self.cache.page_size, self.cache.pages(sequence), len(self.kept[sequence])
+        after = -(-(kept + len(new)) // page_size)
+        written = pages[kept // page_size : after]  # after a fork and a truncation more than one may be shared
+        return max(after - len(pages), 0) + int((self.cache._allocator.references[written] > 1).sum())
 
     def needed(self, length: int) -> list[int]:
         """Which of `length` tokens the next one has to see; all of them unless the window rolls."""
