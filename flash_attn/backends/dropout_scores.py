@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from flash_attn.backends.base import Operands
-from flash_attn.backends.fixed_arguments import fixed_arguments, optional_tensors, page_numbers, strides, tile_constants
+from flash_attn.backends.fixed_arguments import (
+    fixed_arguments,
+    optional_tensors,
+    page_numbers,
+    pages_of_block,
+    strides,
+    tile_constants,
+)
 from flash_attn.backends.launcher import Launcher
 from flash_attn.launch.forward import ForwardConfig
 from flash_attn.problem import AttentionProblem
@@ -24,7 +31,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
     scores = q.new_zeros(batch_size, q.shape[-2], *padded)
     block = 16 if q.device.type == "cpu" else 64
     q_strides, k_strides, score_strides = strides(q), strides(k), scores.stride()[:3]
-    pages = page_numbers(operands, block)
+    pages = page_numbers(operands)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -40,7 +47,8 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / block) * batch_size * q.shape[-2]
-    tile = tile_constants(problem, ForwardConfig(block, block, 4, 1))
+    constants, options = tile_constants(problem, ForwardConfig(block, block, 4, 1))
+    constants = {"PAGES": pages_of_block(operands, block)} | constants
     kinds = (
         arguments.Tensor,
         arguments.Tensor,
@@ -50,6 +58,6 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         arguments.Score,
         arguments.Dropout,
     )
-    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, *tile)
+    launch = Launcher(attn_scores_kernel, num_programs if q.numel() else 0, build, kinds, constants, options)
     launch(q, k, scores, *optional_tensors(operands), operands.block_table)
     return scores

@@ -15,6 +15,7 @@ from flash_attn.problem import AttentionProblem
 
 # of a softcap: sums of exp(50) over 2^20 keys, times values up to 2^30, stay inside the range of fp32, weights in that of bf16
 LARGEST_BOUND = 50.0
+MOST_PAGES = 4  # of a block; over pages of 8 tokens a load for each key is faster (H200, 2026-12-01)
 SMALLEST_SCALE = 1e-30  # stands for softmax_scale 0, whose scores must still mask with -inf
 
 
@@ -119,15 +120,26 @@ def statistic_strides(x: Tensor) -> tuple[int, int, int]:
     return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
 
 
-def page_numbers(operands: Operands, block_n: int) -> tuple[int | None, ...]:
-    """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, ..."""
+def page_numbers(operands: Operands) -> tuple[int | None, ...]:
+    """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, log2 of tokens."""
     table = operands.block_table
     if table is None:
-        return (None,) * 6
+        return (None,) * 5
     num_pages, page_size = operands.k.shape[:2]
     shift = page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else None
-    whole = table.shape[1] == 1 or (operands.leftpad_k is None and page_size % block_n == 0)
-    return table.stride(0), table.shape[1], page_size, num_pages, shift, 1 if whole else None
+    return table.stride(0), table.shape[1], page_size, num_pages, shift
+
+
+def pages_of_block(operands: Operands, block_n: int) -> int | None:
+    """Pages that hold a block of keys: one, or so many whole ones; None where its keys may lie in any, or in no page."""
+    table, page_size = operands.block_table, operands.k.shape[1]
+    if table is None:
+        return None
+    if table.shape[1] == 1:
+        return 1
+    aligned = operands.leftpad_k is None and 0 in (page_size % block_n, block_n % page_size)
+    pages = math.ceil(block_n / page_size)
+    return pages if aligned and pages <= MOST_PAGES else None
 
 
 def tile_constants(

@@ -20,6 +20,7 @@ from flash_attn.backends.fixed_arguments import (
     fixed_arguments,
     optional_tensors,
     page_numbers,
+    pages_of_block,
     statistic_strides,
     strides,
     tile_constants,
@@ -157,7 +158,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     batch_size, scale, softcap, forward_score, _backward, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))
     lse_strides = statistic_strides(softmax_lse)
-    pages, appended = page_numbers(operands, config.block_n), operands.appended or None
+    pages, appended = page_numbers(operands), operands.appended or None
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -185,7 +186,9 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         arguments.Score,
         arguments.Dropout,
     )
-    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, *tile_constants(problem, config))
+    constants, options = tile_constants(problem, config)
+    constants = {"PAGES": pages_of_block(operands, config.block_n)} | constants
+    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, constants, options)
 
 
 def bind_backward(

@@ -16,6 +16,7 @@ from flash_attn.backends.fixed_arguments import (
     clear,
     fixed_arguments,
     page_numbers,
+    pages_of_block,
     statistic_like,
     strides,
     template,
@@ -111,7 +112,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     seqlen_new, nheads_k = append.k.shape[1], append.k.shape[2]
     tensors = (operands.q, append.k, append.v, q_rotated, operands.k, operands.v)
     q_strides, k_strides, v_strides, rotated_strides, k_cache_strides, v_cache_strides = map(strides, tensors)
-    *pages, _whole = page_numbers(operands, APPEND_ROWS)
+    pages = page_numbers(operands)
     cos = append.rotary_cos
     angles = (None, None) if cos is None else (cos.stride(0), cos.shape[0])
     numbers = (seqlen_q, seqlen_new, operands.max_seqlen_k, nheads, nheads_k, *pages)
@@ -175,8 +176,7 @@ def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) ->
         math.ceil(packed_rows / block_m(packed_rows)) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
     )
     config = decode_config(problem, num_tiles, operands.block_table is not None, hardware)
-    *_, whole = page_numbers(operands, config.block_n)
-    gathered = operands.block_table is not None and whole is None
+    gathered = operands.block_table is not None and pages_of_block(operands, config.block_n) is None
     num_blocks = math.ceil(visible_keys(operands) / config.block_n)
     fixed_blocks = None
     if per_split is not None:
@@ -216,7 +216,7 @@ def bind_decode(
     _, scale, softcap, forward_score, _, _, (seqlen_q, _, total_q, capacity, *_) = fixed_arguments(operands)
     q_strides, k_strides, v_strides = map(strides, (q, operands.k, operands.v))
     out_strides = result_strides(q)
-    *pages, whole = page_numbers(operands, config.block_n)
+    pages = page_numbers(operands)
     num_stages = pipeline_stages(config.num_stages, operands.block_table is not None)
     # one part is merged too where splits are fixed: a merge moves the last bit of softmax_lse, however many parts it has
     parts = num_splits > 1 or fixed_blocks is not None
@@ -243,7 +243,7 @@ def bind_decode(
     rows = block_m(operands.max_seqlen_q * group)
     constants = {
         "PARTS": parts,
-        "WHOLE_BLOCKS": whole,
+        "PAGES": pages_of_block(operands, config.block_n),
         "GROUP": group,
         "HEAD_DIM": problem.headdim,
         "HEAD_DIM_PAD": head_dim_pad(problem.headdim),

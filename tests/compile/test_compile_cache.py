@@ -246,8 +246,10 @@ def test_lengths_and_batches_share_a_binary(tmp_path):
     assert binaries(launches) == {"kv_append_kernel": 1, "attn_decode_split_kernel": 1, "attn_decode_merge_kernel": 1}
 
 
-def test_page_sizes_that_a_block_may_cross_share_binaries(tmp_path):
+@pytest.mark.parametrize("pages", [(4, 8, 24, 48), (128, 256, 512)])
+def test_page_sizes_share_binaries(pages, tmp_path):
+    """Those that a block may cross, and those that hold whole blocks; where a block is whole pages, their number counts."""
     with compiling_for("sm_90", str(tmp_path)) as launches:
-        for page in (4, 8, 16, 32):
-            launch(Variant("sm_90", 64, page=page))
+        for page in pages:
+            launch(Variant("sm_90", 64, page=page, room=1536))
     assert binaries(launches)["attn_decode_split_kernel"] <= 2  # one for multiples of 16, one for the others

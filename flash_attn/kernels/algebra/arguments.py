@@ -31,7 +31,6 @@ class Pages(NamedTuple):
     page_size: Any = None
     num_pages: Any = None
     shift: Any = None  # log2(page_size) where that is whole
-    whole_blocks: Any = None  # 1 when no block of keys crosses from one page to another
 
 
 class Window(NamedTuple):

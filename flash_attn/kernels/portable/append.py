@@ -75,7 +75,7 @@ def kv_append_kernel(
         valid = (tokens < seqlen_new) & (positions < capacity)
         slots, places = positions * 0 + batch, positions
         if block_table is not None:
-            pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, None)
+            pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift)
             slots, places, valid = locate_keys(pages, batch, positions, valid)
         source, target = sequence_base(k_new, batch, heads, tokens), sequence_base(k_cache, slots, heads, places)
         if rotary.cos is not None:

@@ -44,7 +44,7 @@ def attn_decode_split_kernel(
     q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, score,
     seqlen_q, total_q, capacity, appended, window_left, window_right, nheads_k, num_splits, fixed_blocks,
     table_stride, max_pages, page_size, num_pages, page_shift,
-    PARTS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, PAGES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def attn_decode_split_kernel(
     split = tl.program_id(0) // (nheads_k * num_m) % num_splits
     batch = tl.program_id(0) // (nheads_k * num_m * num_splits)
     window = Window(window_left, window_right)
-    pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift, WHOLE_BLOCKS)
+    pages = Pages(block_table, table_stride, max_pages, page_size, num_pages, page_shift)
     join_chain()
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, appended)
     span = load_span(sequences, block_table is not None, batch, seqlen_q, capacity, total_q, capacity)
@@ -83,7 +83,7 @@ def attn_decode_split_kernel(
         q_tile, k, v, None, None, sequence_base(k, batch, head_k, span.start_k),
         sequence_base(v, batch, head_k, span.start_k), pages, batch, head_k, rows, span, window, score,
         load_slope(score, batch, heads[:, None]), Dropout(None, None, None), 0, 0, (begin, full_begin, full_end, end),
-        BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
+        PAGES, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score), score.sinks, heads)
     values = (acc * inverse_sum[:, None]).to(out.ptr.dtype.element_ty)

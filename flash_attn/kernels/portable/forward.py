@@ -31,15 +31,15 @@ def key_block_bounds(m_block, span, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 @triton.jit
 def load_keys(
     t, desc, base, pages, batch, head_k, n_block, span,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
+    PAGES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_N, HEAD_DIM_PAD) tile of keys or values."""
+    """One (BLOCK_N, HEAD_DIM_PAD) tile of keys or values; PAGES hold it, or None where any key may lie in any page."""
     if desc is not None:
         tile = desc.load([batch, n_block * BLOCK_N, head_k, 0]).reshape(BLOCK_N, HEAD_DIM_PAD)
-    elif pages.whole_blocks is not None:
+    elif PAGES is not None:
         first = span.start_k + n_block * BLOCK_N
         end = span.start_k + span.seqlen_k
-        tile = load_page_rows(t, pages, batch, head_k, first, end, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        tile = load_page_rows(t, pages, batch, head_k, first, end, PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     elif pages.block_table is not None:
         cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = load_paged_rows(t, pages, batch, head_k, span.start_k, cols, span.seqlen_k, HEAD_DIM, HEAD_DIM_PAD)
@@ -52,7 +52,7 @@ def load_keys(
 def attend(
     q_tile, k, v, k_desc, v_desc, k_base, v_base, pages, batch, head_k, rows, span, window, score, slope, dropout, key,
     row_word, bounds,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
+    PAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of one query block over its key blocks; returns (acc, row_max, row_sum)."""
@@ -63,7 +63,9 @@ def attend(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     lanes = tl.arange(0, BLOCK_N)
     for n_block in tl.range(begin, end, num_stages=STAGES):
-        k_tile = load_keys(k, k_desc, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        k_tile = load_keys(
+            k, k_desc, k_base, pages, batch, head_k, n_block, span, PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
+        )
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         cols = n_block * BLOCK_N + lanes
         tile = score_forward(qk, key_distance(rows[:, None], cols[None, :], span), score, slope)
@@ -77,7 +79,9 @@ def attend(
             col_word = col_words(dropout, key, n_block * BLOCK_N, lanes[None, :])
             bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)
             weights = drop(dropout, bits, weights)
-        v_tile = load_keys(v, v_desc, v_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+        v_tile = load_keys(
+            v, v_desc, v_base, pages, batch, head_k, n_block, span, PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD
+        )
         weights = weights.to(v_tile.dtype)
         if score.bounded is None:
             acc = acc * rescale[:, None]
@@ -92,7 +96,7 @@ LENGTHS = ["seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_
 def attn_fwd_kernel(
     q, k, v, out, softmax_lse, k_desc, v_desc, sequences, pages, score, dropout,
     seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -116,7 +120,7 @@ def attn_fwd_kernel(
         q_tile, k, v, k_desc, v_desc, k_base, v_base, pages, batch, head_k, rows, span, window, score, slope, dropout, key,
         row_words(dropout, key, m_block * BLOCK_M, tl.arange(0, BLOCK_M)[:, None]),
         key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N),
-        BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
+        PAGES, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
     inverse_sum, lse = softmax_finish(row_max, row_sum, unit_log2(score), score.sinks, head)
     acc *= (inverse_sum * kept_scale(dropout))[:, None]

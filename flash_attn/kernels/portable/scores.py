@@ -17,10 +17,10 @@ from flash_attn.kernels.portable.tiles import load_rows
 @triton.jit
 def masked_scores(
     q_tile, k, k_base, pages, batch, head_k, n_block, rows, span, window, score, slope,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    PAGES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(scores, their key positions) of one tile, -inf where a row may not see a key."""
-    k_tile = load_keys(k, None, k_base, pages, batch, head_k, n_block, span, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
+    k_tile = load_keys(k, None, k_base, pages, batch, head_k, n_block, span, PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD)
     qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
     cols = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = score_forward(qk, key_distance(rows[:, None], cols[None, :], span), score, slope)
@@ -31,7 +31,7 @@ def masked_scores(
 def attn_scores_kernel(
     q, k, scores, stride_b, stride_h, stride_s, sequences, pages, score, dropout,
     seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """scores[b, h, i, j] = exp(score - row maximum), negative where the weight is dropped; two passes over the keys."""
@@ -58,7 +58,7 @@ def attn_scores_kernel(
     begin, _full_begin, _full_end, end = key_block_bounds(m_block, span, window, BLOCK_M, BLOCK_N)
     for n_block in tl.range(begin, end):
         tile, _cols = masked_scores(q_tile, k, k_base, pages, batch, head_k, n_block, rows, span, window, score, slope,
-                                    BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION)  # fmt: skip
+                                    PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION)  # fmt: skip
         _weights, _rescale, row_max, row_sum = softmax_step(row_max, row_sum, tile, unit)
     pivot_log2 = tl.where(row_max == float("-inf"), 0.0, row_max * unit)
     base = scores + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
@@ -66,7 +66,7 @@ def attn_scores_kernel(
     last = tl.minimum(span.seqlen_k, seqlen_k)
     for n_block in tl.range(begin, end):
         tile, cols = masked_scores(q_tile, k, k_base, pages, batch, head_k, n_block, rows, span, window, score, slope,
-                                   BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION)  # fmt: skip
+                                   PAGES, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION)  # fmt: skip
         weights = tl.math.exp2(tile * unit - pivot_log2[:, None])
         col_word = col_words(dropout, key, n_block * BLOCK_N, tl.arange(0, BLOCK_N)[None, :])
         bits = random_bits(dropout, key, rows[:, None], cols[None, :], row_word, col_word)

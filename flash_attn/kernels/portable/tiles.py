@@ -41,8 +41,14 @@ def store_rows(t, base, value, first, seqlen, BLOCK: tl.constexpr, HEAD_DIM: tl.
 @triton.jit
 def load_paged_rows(t, pages, batch, head, start, cols, seqlen, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
     """The tile of keys `cols`, gathered from their pages; key 0 of the sequence is token `start` of its first page."""
-    dims = tl.arange(0, HEAD_DIM_PAD)
     page, slot, valid = locate_keys(pages, batch, start + cols, cols < seqlen)
+    return load_located_rows(t, head, page, slot, valid, HEAD_DIM, HEAD_DIM_PAD)
+
+
+@triton.jit
+def load_located_rows(t, head, page, slot, valid, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """The tile of keys wherever they lie."""
+    dims = tl.arange(0, HEAD_DIM_PAD)
     offsets = tl.cast(page, tl.int64) * t.stride_b + tl.cast(slot, tl.int64) * t.stride_s
     mask = valid[:, None]
     if HEAD_DIM != HEAD_DIM_PAD:
@@ -54,9 +60,24 @@ def load_paged_rows(t, pages, batch, head, start, cols, seqlen, HEAD_DIM: tl.con
 
 @triton.jit
 def load_page_rows(
-    t, pages, batch, head, first, end, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr
-):
-    """The tile of tokens first .. min(first + BLOCK, end) of a sequence, all of which lie in one page."""
-    page, slot, valid = locate_keys(pages, batch, first, first < end)
-    base = sequence_base(t, page, head, slot)
-    return load_rows(t, base, 0, tl.where(valid, end - first, 0), BLOCK, HEAD_DIM, HEAD_DIM_PAD)
+    t, pages, batch, head, first, end,
+    PAGES: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr,
+):  # fmt: skip
+    """The tile of tokens first .. min(first + BLOCK, end) of a sequence: all lie in one page, or in PAGES whole ones.
+
+    A page's number is then loaded once and spread over its rows, where `load_paged_rows` loads it with each: 2 to 10 % of a
+    decode over pages of 16 tokens (H200, 2026-12-01).
+    """
+    if PAGES == 1:
+        page, slot, valid = locate_keys(pages, batch, first, first < end)
+        base = sequence_base(t, page, head, slot)
+        tile = load_rows(t, base, 0, tl.where(valid, end - first, 0), BLOCK, HEAD_DIM, HEAD_DIM_PAD)
+    else:
+        SIZE: tl.constexpr = BLOCK // PAGES
+        index = tl.arange(0, BLOCK)
+        starts = first + tl.arange(0, PAGES) * SIZE
+        page, _slots, valid = locate_keys(pages, batch, starts, starts < end)
+        page = tl.where(valid, page, -1)[:, None].broadcast_to(PAGES, SIZE).reshape(BLOCK)
+        valid = (page >= 0) & (first + index < end)
+        tile = load_located_rows(t, head, page, index % SIZE, valid, HEAD_DIM, HEAD_DIM_PAD)
+    return tile
