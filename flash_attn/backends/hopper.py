@@ -17,7 +17,7 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries
-from flash_attn.launch.hopper import CONSUMER_ROWS, even_share, head_dim_pad, hopper_forward_config, product_width
+from flash_attn.launch.hopper import CONSUMER_ROWS, copy_columns, head_dim_pad, hopper_forward_config, product_width
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
@@ -152,7 +152,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     heads = fixed.batch_size * nheads
     num_tiles = num_m * heads
     q_map, k_map, v_map, out_map = (
-        tensor_maps.hopper(x, rows, pad)
+        tensor_maps.hopper(x, rows, copy_columns(problem.headdim))
         for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
     )
     lse_strides = statistic_strides(softmax_lse)
@@ -170,7 +170,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             p[11],
             num_tiles,
             num_m,
-            even_share(max(1, config.tiles_together // max(1, num_m)), heads),
+            min(heads, max(1, config.tiles_together // max(1, num_m))),
             *fixed.lengths,
         )
 

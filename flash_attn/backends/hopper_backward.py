@@ -23,7 +23,7 @@ from flash_attn.launch.hopper import (
     HopperDkdvConfig,
     HopperDqConfig,
     HopperOnePassConfig,
-    even_share,
+    copy_columns,
     head_dim_pad,
     hopper_backward_config,
     product_width,
@@ -113,17 +113,17 @@ def _tiles(q: Tensor, fixed: FixedArguments, seqlen: int, nheads: int, heads_tog
     num_blocks, heads = math.ceil(seqlen / TILE), fixed.batch_size * nheads
     num_tiles = num_blocks * heads
     num_programs = min(num_tiles, devices.of(q.device).num_sms)
-    return Tiles(num_programs, (num_tiles, num_blocks, even_share(heads_together, heads), *fixed.lengths))
+    return Tiles(num_programs, (num_tiles, num_blocks, min(heads, heads_together), *fixed.lengths))
 
 
 def _key_maps(
-    operands: Operands, dout: Tensor, gradients: Gradients, block_m: int, pad: int
+    problem: AttentionProblem, operands: Operands, dout: Tensor, gradients: Gradients, block_m: int
 ) -> list[tensor_maps.Describe]:
     """Maps of q, k, v, dout, dk and dv for a kernel that owns keys: blocks of queries, and each consumer's rows of the keys."""
-    q, k, v = operands.q, operands.k, operands.v
+    q, k, v, columns = operands.q, operands.k, operands.v, copy_columns(problem.headdim)
     tensors = ((q, block_m), (k, CONSUMER_ROWS), (v, CONSUMER_ROWS), (dout, block_m))
     written = ((gradients.dk, CONSUMER_ROWS), (gradients.dv, CONSUMER_ROWS))
-    return [tensor_maps.hopper(x, rows, pad) for x, rows in (*tensors, *written)]
+    return [tensor_maps.hopper(x, rows, columns) for x, rows in (*tensors, *written)]
 
 
 def bind_dq(
@@ -140,10 +140,10 @@ def bind_dq(
     from flash_attn.kernels.hopper.backward_dq import attn_bwd_dq_kernel
 
     q, k, v = operands.q, operands.k, operands.v
-    pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
+    columns, fixed = copy_columns(problem.headdim), fixed_arguments(operands)
     tiles = _tiles(q, fixed, operands.max_seqlen_q, q.shape[-2], config.heads_together)
-    q_map, dout_map, dq_map = (tensor_maps.hopper(x, CONSUMER_ROWS, pad) for x in (q, dout, dq))
-    k_map, v_map = (tensor_maps.hopper(x, config.block_n, pad) for x in (k, v))
+    q_map, dout_map, dq_map = (tensor_maps.hopper(x, CONSUMER_ROWS, columns) for x in (q, dout, dq))
+    k_map, v_map = (tensor_maps.hopper(x, config.block_n, columns) for x in (k, v))
     out_strides, row_strides = strides(out), statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -166,7 +166,7 @@ def bind_dq(
 
     constants = {
         "HEAD_DIM": problem.headdim,
-        "HEAD_DIM_PAD": pad,
+        "HEAD_DIM_PAD": head_dim_pad(problem.headdim),
         "WIDTH": product_width(problem.headdim),
         "BLOCK_N": config.block_n,
         "CONSUMERS": CONSUMERS,
@@ -196,7 +196,7 @@ def bind_dkdv(
 
     pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
     tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
-    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(operands, dout, gradients, config.block_m, pad)
+    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(problem, operands, dout, gradients, config.block_m)
     row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -282,7 +282,7 @@ def _bind_products(
 
     pad = head_dim_pad(problem.headdim)
     tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
-    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(operands, dout, gradients, config.block_m, pad)
+    q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(problem, operands, dout, gradients, config.block_m)
     row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:

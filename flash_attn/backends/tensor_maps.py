@@ -52,8 +52,8 @@ def portable(x: Tensor, rows: int, pad: int) -> Describe:
     return describe
 
 
-def hopper(x: Tensor, rows: int, pad: int) -> Describe:
-    """Maps of the (rows, pad) tiles of operands like x, for Gluon kernels; 128-byte swizzled in shared memory.
+def hopper(x: Tensor, rows: int, columns: int) -> Describe:
+    """Maps of the (rows, columns) tiles of operands like x, for Gluon kernels; 128-byte swizzled in shared memory.
 
     A packed (total, heads, dim) operand gets a ragged map of five dimensions, of which three address the same rows twice: the
     coordinates (RAGGED_ORIGIN, end, RAGGED_ORIGIN - length + row) reach row `row` of the sequence that ends before token `end`,
@@ -66,7 +66,7 @@ def hopper(x: Tensor, rows: int, pad: int) -> Describe:
         stride = _stride(x, 0)
         shape = [RAGGED_BOUND, RAGGED_BOUND, RAGGED_ORIGIN, heads, headdim]
         strides = [WRAP - stride, stride, stride, _stride(x, 1), 1]
-    block = [1] * (len(shape) - 3) + [rows, 1, pad]
+    block = [1] * (len(shape) - 3) + [rows, 1, columns]
 
     def describe(operand: Any) -> Any:
         if isinstance(operand, int):

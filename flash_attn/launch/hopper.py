@@ -28,7 +28,7 @@ class HopperForwardConfig(NamedTuple):
     overlap: bool  # run the end of a tile beside the start of the next; needs a second Q and a buffer for out
     ping_pong: bool  # consumers take turns on the tensor cores
     registers: int  # of a consumer's thread
-    q_in_registers: bool  # products read Q from there, not from shared memory; for head dims up to 64
+    q_in_registers: bool  # products read Q from there, not from shared memory
     tiles_together: int = TILES_TOGETHER  # of whole heads, drawn in turn
     draw_ahead: int = DRAW_AHEAD
 
@@ -83,20 +83,14 @@ def product_width(headdim: int) -> int:
     return min(width for width in (*WIDTHS_IN_TWO_PARTS, head_dim_pad(headdim)) if width >= headdim)
 
 
-def even_share(heads_together: int, heads: int) -> int:
-    """Heads drawn in turn, up to a quarter more or less, such that the last turn has about as many as the others.
+def copy_columns(headdim: int) -> int:
+    """Columns of one copy of a tile: all, or 64 of them where the last 64 lie past the head dim and are not copied.
 
-    Of a few heads' causal tiles the longest would be left when nothing else is: 44 heads of 192, 4k tokens, are 5 % slower in
-    turns of 8, which leave 4.
+    Such a copy brings nothing but zeros, and yet slows the others: head dims 144 to 192 are 17 to 22 % slower where the memory
+    of k and v is unlucky, a matter of physical addresses. H200, 2026-12-01
     """
-    spare = heads_together // 4
-    candidates = range(heads_together - spare, heads_together + spare + 1)
-
-    def evenness(share: int) -> float:
-        last = (heads - 1) % share + 1
-        return last / share - abs(share - heads_together) / (4 * heads_together)
-
-    return heads if heads <= heads_together else max(candidates, key=evenness)
+    pad = head_dim_pad(headdim)
+    return 64 if headdim <= pad - 64 else pad
 
 
 def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
@@ -107,8 +101,7 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
-    choose = {64: _tile_of_64, 128: _tile_of_128}.get(pad)
-    config = FORWARD[pad] if choose is None else choose(problem)
+    config = {64: _tile_of_64, 128: _tile_of_128, 256: _tile_of_256}[pad](problem)
     return config if problem.causal else config._replace(tiles_together=1)
 
 
@@ -123,6 +116,12 @@ def _tile_of_128(problem: AttentionProblem) -> HopperForwardConfig:
     return TWO_SKIPPING if _narrow(problem, NARROW[128]) or _short_causal(problem) else FORWARD[128]
 
 
+def _tile_of_256(problem: AttentionProblem) -> HopperForwardConfig:
+    """The configuration for head dims above 128: Q fits the registers where it is narrower than 256 and features leave room."""
+    roomy = product_width(problem.headdim) < 256 and _features(problem) < 2
+    return TWO_PARTS if roomy else FORWARD[256]
+
+
 def _short_causal(problem: AttentionProblem) -> bool:
     return problem.causal and _longest(problem) <= SHORT
 
@@ -133,6 +132,30 @@ def _longest(problem: AttentionProblem) -> int:
 
 
 def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
+    """The configuration for head dims up to 64: with two consumers where larger tiles are too few for all programs."""
+    config = _tile_for_many_rows(problem)
+    small = TWO_SKIPPING_Q if problem.window[0] is not None else TWO_IN_TURN if problem.causal else TWO_CONSUMERS
+    few = config.consumers > small.consumers and _waves(problem, config.consumers) < FEW_WAVES
+    sooner = few and _duration(problem, small.consumers) < SOONER * _duration(problem, config.consumers)
+    return small if sooner else config
+
+
+def _waves(problem: AttentionProblem, consumers: int) -> float:
+    """Tiles for each program."""
+    tiles = math.ceil(problem.seqlen_q / (consumers * CONSUMER_ROWS))
+    return problem.batch_size * problem.nheads * tiles / PROGRAMS
+
+
+def _duration(problem: AttentionProblem, consumers: int) -> float:
+    """Of a launch, in rows times keys of one program after another; of a window all keys, which are as many for every tile."""
+    rows, keys, waves = consumers * CONSUMER_ROWS, problem.seqlen_k, _waves(problem, consumers)
+    if problem.window == (None, 0):  # the longest tiles come first, the others even out
+        mean_keys = keys - max(0, problem.seqlen_q - rows) / 2
+        return rows * max(keys, waves * mean_keys)
+    return rows * math.ceil(waves) * keys
+
+
+def _tile_for_many_rows(problem: AttentionProblem) -> HopperForwardConfig:
     """The configuration for head dims up to 64: large tiles read keys less often, but waste rows on the diagonal and behind the
     last one; many warps hide what each waits for, but leave few registers to each."""
     causal, window = problem.causal, problem.window[0] is not None
@@ -273,6 +296,9 @@ FORWARD = {
     128: HopperForwardConfig(2, 128, 2, True, True, 240, False),
     256: HopperForwardConfig(2, 64, 2, False, False, 240, False),
 }
+# Products of 64 keys with Q in shared memory read it at its full rate. Q in registers and turns: 3 to 4 % together at head dims
+# 144 to 192 and 4k or 16k tokens, 1 to 3 % causal. 2026-12-01
+TWO_PARTS = FORWARD[256]._replace(q_in_registers=True, ping_pong=True)
 # Where larger tiles waste more than they gain. A third stage is worth 8 % at 1k tokens (2026-11-23). Q in registers, for which
 # four consumers or 128 keys for three leave no room: 2 % over four consumers at 1k tokens. Under a causal mask turns are worth
 # 1 % on top, with ALiBi 4 % at 4k tokens and 14 at 16k; 3 % over two that read Q from shared memory at 1k and 1.5k tokens.
@@ -293,6 +319,9 @@ FOUR_SKIPPING = HopperForwardConfig(4, 64, 6, True, False, 112, False)
 THREE_SKIPPING = HopperForwardConfig(3, 64, 5, True, False, 160, True)
 TWO_SKIPPING = HopperForwardConfig(2, 64, 4, True, False, 240, False)
 TWO_SKIPPING_Q = TWO_SKIPPING._replace(q_in_registers=True)
+# Two consumers where larger tiles are few for each program, and these end that much sooner by the count of tiles: most programs
+# would wait for the last tiles of others.
+FEW_WAVES, SOONER = 3, 0.85
 # keys that a row sees at most, up to which two consumers that skip are the fastest, above 576 tiles in turn at head dim 128;
 # and up to which three are at 64
 NARROW, WIDE = {64: 256, 128: 576}, 1024

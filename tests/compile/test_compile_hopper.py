@@ -30,6 +30,7 @@ from flash_attn.launch.hopper import (  # noqa: E402
     TWO_CONSUMERS,
     TWO_DROPPING,
     TWO_IN_TURN,
+    TWO_PARTS,
     TWO_SKIPPING,
     TWO_SKIPPING_Q,
     head_dim_pad,
@@ -181,7 +182,7 @@ def test_the_variants_cover_the_tables_and_the_features():
         hopper_forward_config(operands_of(variant)[0])._replace(tiles_together=TILES_TOGETHER) for variant in variants()
     }
     configs = {*FORWARD.values(), TWO_CONSUMERS, TWO_IN_TURN, TWO_DROPPING, FOUR_CONSUMERS}
-    configs |= {TWO_SKIPPING, TWO_SKIPPING_Q, THREE_SKIPPING, FOUR_SKIPPING}
+    configs |= {TWO_PARTS, TWO_SKIPPING, TWO_SKIPPING_Q, THREE_SKIPPING, FOUR_SKIPPING}
     assert chosen == {config._replace(tiles_together=TILES_TOGETHER) for config in configs}
     assert {variant.feature for variant in variants()} == set(FEATURES)
     assert {variant.dtype for variant in variants()} == {"float16", "bfloat16"}

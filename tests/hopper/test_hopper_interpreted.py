@@ -11,7 +11,17 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from flash_attn import flash_attn_varlen_func, launch
-from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, THREE_SKIPPING, TWO_CONSUMERS, TWO_SKIPPING
+from flash_attn.kernels.algebra.arguments import Window
+from flash_attn.kernels.hopper import schedule
+from flash_attn.launch.hopper import (
+    FORWARD,
+    FOUR_CONSUMERS,
+    FOUR_SKIPPING,
+    THREE_SKIPPING,
+    TWO_CONSUMERS,
+    TWO_PARTS,
+    TWO_SKIPPING,
+)
 from tests.support import calls, gluon_interpreter
 from tests.support.cases import BF16, CASES, FP16, FP32, Case
 from tests.support.gluon_interpreter import Barrier, Deadlock, Machine, initialise, interpreted, load
@@ -37,7 +47,8 @@ ROWS = {
     "96": (96, FORWARD[128]),
     "128": (128, FORWARD[128]),
     "128, two that skip": (128, TWO_SKIPPING),
-    "192": (192, FORWARD[256]),
+    "136": (136, TWO_PARTS),
+    "192": (192, TWO_PARTS),
     "256": (256, FORWARD[256]),
 }
 MASKS = {
@@ -159,6 +170,23 @@ def test_tiles_that_one_program_takes_in_turn(turn, device, seed):
     with interpreted(1 + turn % 3, seed + turn):
         check_forward(case, "64, four that skip", seed + turn)
         check_backward(case, "in order", seed + turn)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "heads, together, num_blocks", [(1, 1, 5), (6, 6, 3), (11, 2, 7), (12, 8, 4), (44, 8, 3), (9, 4, 1)]
+)
+def test_tiles_are_drawn_once_and_the_last_turn_is_full(heads, together, num_blocks, causal, seed):
+    """Turn after turn, a turn's longest tiles first; what no full turn takes comes first."""
+    work = schedule.Work(None, heads * num_blocks, num_blocks, together, heads, 1, None, None, None, None)
+    with interpreted(1, seed):
+        tiles = [schedule.tile_at(i, work, Window(None, 0 if causal else None)) for i in range(work.num_tiles)]
+    drawn = iter(tiles)
+    bounds = [0, *range((heads - 1) % together + 1, heads + 1, together)]
+    for begin, end in itertools.pairwise(bounds):
+        for block in sorted(range(num_blocks), reverse=causal):
+            assert [next(drawn) for _ in range(begin, end)] == [(block, head, 0) for head in range(begin, end)]
+    assert next(drawn, None) is None
 
 
 def test_fewer_stages_than_skipping_needs(seed):

@@ -32,12 +32,12 @@ from flash_attn.launch.hopper import (
     TWO_CONSUMERS,
     TWO_DROPPING,
     TWO_IN_TURN,
+    TWO_PARTS,
     TWO_SKIPPING,
     TWO_SKIPPING_Q,
     WIDE,
     HopperOnePassConfig,
     HopperTwoPassConfig,
-    even_share,
     head_dim_pad,
     hopper_backward_config,
     hopper_forward_config,
@@ -259,7 +259,7 @@ def in_turns(config):
 
 
 OF_64 = (TWO_CONSUMERS, TWO_IN_TURN, TWO_DROPPING, FOUR_CONSUMERS, TWO_SKIPPING_Q, THREE_SKIPPING, FOUR_SKIPPING)
-CONFIGS = {*FORWARD.items(), *((64, config) for config in OF_64), (128, TWO_SKIPPING)}
+CONFIGS = {*FORWARD.items(), *((64, config) for config in OF_64), (128, TWO_SKIPPING), (256, TWO_PARTS)}
 LOAD_REGISTERS, REGISTER_FILE = 24, 65536
 
 
@@ -330,6 +330,11 @@ def square(length, causal, **words):
         (square(SHORT_CAUSAL, True, softcap=True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True, softcap=True), FOUR_SKIPPING),
         (square(2 * MEDIUM_CAUSAL, True, alibi=True), TWO_IN_TURN),
+        (square(MEDIUM_CAUSAL, True, batch_size=1, nheads=12), TWO_IN_TURN),
+        (square(MEDIUM_CAUSAL, True, batch_size=1, nheads=24), FOUR_SKIPPING),
+        (square(MEDIUM_CAUSAL, True, batch_size=1, nheads=12, window=(2000, 0)), TWO_SKIPPING_Q),
+        (square(MEDIUM_CAUSAL, False, batch_size=1, nheads=8), TWO_CONSUMERS),
+        (square(MEDIUM_CAUSAL, False, batch_size=1, nheads=12), FORWARD[64]),
         (square(MEDIUM, False), TWO_CONSUMERS),
         (square(MEDIUM, False)._replace(seqlen_k=2 * MEDIUM), FORWARD[64]),
         (square(SHORT, False, softcap=True), TWO_CONSUMERS),
@@ -346,7 +351,10 @@ def square(length, causal, **words):
         (square(MEDIUM, True, headdim=96, window=(575, 0)), TWO_SKIPPING),
         (square(MEDIUM, True, headdim=96, window=(576, 0)), FORWARD[128]),
         (square(MEDIUM, False, headdim=128, window=(100, None)), FORWARD[128]),
-        (square(MEDIUM, True, headdim=192, window=(9, 0)), FORWARD[256]),
+        (square(MEDIUM, True, headdim=192, window=(9, 0)), TWO_PARTS),
+        (square(MEDIUM, False, headdim=136, dropout=True), TWO_PARTS),
+        (square(MEDIUM, False, headdim=136, dropout=True, alibi=True), FORWARD[256]),
+        (square(MEDIUM, True, headdim=200), FORWARD[256]),
     ],
 )
 def test_consumers(given, wanted):
@@ -374,7 +382,7 @@ def test_heads_of_causal_tiles_of_a_backward_are_drawn_in_turn():
 @pytest.mark.parametrize("length", [1, 128, 512, 1024, 4096, 2**18])
 @pytest.mark.parametrize("causal", [False, True])
 def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monkeypatch):
-    """Heads in turn have two tiles for each program, or as many fewer as whole heads and even turns want."""
+    """Heads in turn have two tiles for each program, or as many fewer as whole heads want."""
     monkeypatch.setattr(hopper.devices, "of", lambda device: HOPPER)
     q = torch.empty(2, length, 480, 128, dtype=BF16, device="meta")
     given, *_ = describe(q, q, q, 0.0, 1.0, causal, -1, -1, 0.0)
@@ -382,27 +390,8 @@ def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monke
     launcher = hopper.bind_forward(given, operands, q, torch.empty(2, 480, length, device="meta"))
     num_tiles, num_m, heads_together = launcher.build([0] * 13)[9:12]
     assert num_tiles == 960 * num_m
-    assert heads_together == (max(1, even_share(2 * PROGRAMS // num_m, 960)) if causal and num_m <= 2 * PROGRAMS else 1)
+    assert heads_together == (max(1, 2 * PROGRAMS // num_m) if causal else 1)
     assert heads_together * num_m <= max(2 * PROGRAMS, num_m)
-
-
-@pytest.mark.parametrize("wanted", [1, 2, 8, 16, 33, 66])
-def test_turns_of_heads_are_even(wanted):
-    """About as many heads as asked, and a last turn that is at least as full as with just so many."""
-
-    def last(share):
-        return ((heads - 1) % share + 1) / share
-
-    for heads in range(2000):
-        share = even_share(wanted, heads)
-        assert share == heads if heads <= wanted else abs(share - wanted) <= wanted // 4
-        assert heads <= wanted or last(share) >= last(wanted)
-
-
-def test_turns_of_heads_as_measured():
-    """Numbers of heads at 16k tokens and hidden size 2048, and what was fastest."""
-    assert [even_share(33, heads) for heads in (512, 256, 128)] == [32] * 3
-    assert [even_share(8, heads) for heads in (64, 44)] == [8, 9]
 
 
 def test_products_leave_out_the_padding():

@@ -145,7 +145,7 @@ class Shared:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self.dtype = memory.dtype
+        self.dtype, self.shape = memory.dtype, memory.shape
 
     def index(self, i: int) -> "Shared":
         assert 0 <= i < len(self.memory), f"slot {i} of {len(self.memory)}"
@@ -159,6 +159,11 @@ class Shared:
 
     def reshape(self, shape: Sequence[int]) -> "Shared":
         return Shared(self.memory.view(*shape))
+
+    def _reinterpret(self, _dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "Shared":
+        """A swizzled tile as its groups of columns."""
+        groups, *_, columns = shape
+        return Shared(self.memory.unflatten(-1, (groups, columns)).movedim(-2, 0))
 
     def load(self, layout: Layout) -> Any:
         return self.memory.clone().as_subclass(Tile)

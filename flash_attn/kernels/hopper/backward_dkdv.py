@@ -46,6 +46,7 @@ from flash_attn.kernels.hopper.columns import (
     first_part,
     inner_products,
     num_parts,
+    split_columns,
     store_columns,
     zero_columns,
 )
@@ -66,8 +67,7 @@ from flash_attn.kernels.hopper.pipeline import (
     matrix,
     mbarrier,
     release,
-    row_coordinates,
-    start_store,
+    store_tile,
     tma,
     warpgroup_mma_wait,
 )
@@ -177,7 +177,7 @@ def load_partition(prog):
 def product_kq(prog, k_tile, slot):
     """Issue S^T = K Q^T, (64, BLOCK_M)."""
     q_tile = matrix(prog.q_ring, slot, prog.BLOCK_M, prog.HEAD_DIM_PAD)
-    return inner_products(k_tile, q_tile, prog.BLOCK_M, prog.WIDTH)
+    return inner_products(split_columns(k_tile, prog.WIDTH), split_columns(q_tile, prog.WIDTH), prog.BLOCK_M)
 
 
 @gluon.jit
@@ -207,7 +207,7 @@ def accumulate_dkdv(prog, k_index, q_place, d_place, first_key, begin, end, full
         await_full(prog.dout_ring, d_place)
         if prog.WITH_DK:
             v_tile = matrix(prog.v_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
-            dp = inner_products(v_tile, dout_tile, prog.BLOCK_M, prog.WIDTH)
+            dp = inner_products(split_columns(v_tile, prog.WIDTH), split_columns(dout_tile, prog.WIDTH), prog.BLOCK_M)
         rows = (m_block * prog.BLOCK_M + gl.arange(0, prog.BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end)
         lse = prog.row_lse.index(q_place.index).load(lanes)[None, :]
@@ -252,8 +252,7 @@ def store_gradient(prog, descriptor, buffer, gradient, scale, first_key, span, b
     """One consumer's keys of dk or dv; the copy is still running on return."""
     store_columns(buffer.reshape([WARPGROUP_ROWS, prog.HEAD_DIM_PAD]), gradient, scale, prog.WIDTH)
     fence_async_shared()
-    coordinates = row_coordinates(span.start_k, span.seqlen_k, first_key, batch, head_k, prog.PACKED)
-    start_store(descriptor, coordinates, buffer)
+    store_tile(prog, descriptor, buffer, span.start_k, span.seqlen_k, first_key, batch, head_k)
 
 
 @gluon.jit
@@ -263,9 +262,8 @@ def dkdv_partition(prog, CONSUMER: gl.constexpr):
     t_place, k_place, q_place, d_place = Place(0, 0), Place(0, 0), Place(0, 0), Place(0, 0)
     await_full(prog.tiles, t_place)
     while tile_field(prog.tiles, t_place.index, 0) >= 0:
-        first_key = tile_field(prog.tiles, t_place.index, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
-        head_k, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
-        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        n_block, head_k, batch, begin, end = announced_tile(prog, t_place.index)
+        first_key = n_block * BLOCK_N + CONSUMER * WARPGROUP_ROWS
         span = announced_span(prog, t_place.index)
         release(prog.tiles, t_place)
         t_place = advance(t_place, TILE_STAGES)
@@ -310,16 +308,16 @@ def attn_bwd_dkdv_kernel(
     WITH_DV: gl.constexpr = dv_desc is not None
     work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, 1)
     window = Window(window_left, window_right)
-    k_ring = allocate_ring(k_desc, K_STAGES * CONSUMERS, 1)
-    q_ring = allocate_ring(q_desc, Q_STAGES, CONSUMERS, 2)
+    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, K_STAGES * CONSUMERS, 1)
+    q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES, CONSUMERS, 2)
     row_lse = allocate_statistics(Q_STAGES, BLOCK_M)
     if WITH_DK:
-        v_ring = allocate_ring(v_desc, K_STAGES * CONSUMERS, 1)
-        dout_ring = allocate_ring(dout_desc, DOUT_STAGES, CONSUMERS, 2)
+        v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, K_STAGES * CONSUMERS, 1)
+        dout_ring = allocate_ring(dout_desc, HEAD_DIM_PAD, DOUT_STAGES, CONSUMERS, 2)
         row_delta = allocate_statistics(DOUT_STAGES, BLOCK_M)
     else:
         v_ring, row_delta = k_ring, None  # dv then leaves through the slots of k
-        dout_ring = allocate_ring(dout_desc, DOUT_STAGES, CONSUMERS)
+        dout_ring = allocate_ring(dout_desc, HEAD_DIM_PAD, DOUT_STAGES, CONSUMERS)
     key_words = None
     if dropout.rng_state is not None:
         key_words = allocate_key_words(Q_STAGES)

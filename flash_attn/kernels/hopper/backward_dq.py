@@ -38,6 +38,7 @@ from flash_attn.kernels.hopper.columns import (
     await_products,
     first_part,
     inner_products,
+    split_columns,
     store_columns,
     zero_columns,
 )
@@ -57,9 +58,9 @@ from flash_attn.kernels.hopper.pipeline import (
     gluon,
     loop_variant,
     matrix,
+    num_copies,
     release,
-    row_coordinates,
-    start_store,
+    store_tile,
     tma,
     warpgroup_mma_wait,
 )
@@ -139,16 +140,20 @@ def load_partition(prog):
 
 
 @gluon.jit
-def row_delta_of(out_rows, dout_tile, layout: gl.constexpr):
+def row_delta_of(prog, out_rows, dout_tile, layout: gl.constexpr):
     """rowsum(dout * out), one number a row."""
     dout_rows = dout_tile.load(out_rows.type.layout)
+    if num_copies(prog.dout_ring.descriptor, prog.HEAD_DIM_PAD) > num_copies(prog.dout_ring.descriptor, prog.WIDTH):
+        dims = gl.arange(0, prog.HEAD_DIM_PAD, layout=gl.SliceLayout(0, out_rows.type.layout))
+        dout_rows = gl.where((dims < prog.WIDTH)[None, :], dout_rows, 0.0)  # the last columns hold whatever lay there
     return gl.convert_layout(gl.sum(out_rows.to(gl.float32) * dout_rows.to(gl.float32), 1), layout)
 
 
 @gluon.jit
 def key_products(prog, left, ring, slot):
     """Issue left @ right^T, (64, BLOCK_N), with a block of keys or values on the right."""
-    return inner_products(left, matrix(ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD), prog.BLOCK_N, prog.WIDTH)
+    right = matrix(ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD)
+    return inner_products(split_columns(left, prog.WIDTH), split_columns(right, prog.WIDTH), prog.BLOCK_N)
 
 
 @gluon.jit
@@ -202,9 +207,8 @@ def dq_partition(prog, CONSUMER: gl.constexpr):
     t_place, q_place, k_place, v_place = Place(0, 0), Place(0, 0), Place(0, 0), Place(0, 0)
     await_full(prog.tiles, t_place)
     while tile_field(prog.tiles, t_place.index, 0) >= 0:
-        first_row = tile_field(prog.tiles, t_place.index, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-        head, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
-        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        m_block, head, batch, begin, end = announced_tile(prog, t_place.index)
+        first_row = m_block * BLOCK_M + CONSUMER * WARPGROUP_ROWS
         span = announced_span(prog, t_place.index)
         release(prog.tiles, t_place)
         t_place = advance(t_place, TILE_STAGES)
@@ -219,7 +223,7 @@ def dq_partition(prog, CONSUMER: gl.constexpr):
         own_place = Place(q_index, q_place.phase)
         await_full(prog.dout_ring, own_place)
         dout_tile = matrix(prog.dout_ring, q_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
-        row_delta = row_delta_of(out_rows, dout_tile, row_layout)
+        row_delta = row_delta_of(prog, out_rows, dout_tile, row_layout)
         if prog.dlse is not None:
             row_delta = softmax_delta(row_delta, load_rows_statistic(prog.dlse, span, batch, head, rows, 0.0), row_lse)
         gl.store(row_base(prog.delta, batch, head, span.start_q) + rows, row_delta, mask=rows < span.seqlen_q)
@@ -232,8 +236,8 @@ def dq_partition(prog, CONSUMER: gl.constexpr):
         dq_tile = matrix(prog.q_ring, q_index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
         store_columns(dq_tile, dq, gradient_scale(prog.score), prog.WIDTH)
         fence_async_shared()
-        coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, prog.PACKED)
-        start_store(prog.dq_desc, coordinates, prog.q_ring.buffers.index(q_index))
+        dq_buffer = prog.q_ring.buffers.index(q_index)
+        store_tile(prog, prog.dq_desc, dq_buffer, span.start_q, span.seqlen_q, first_row, batch, head)
         tma.store_wait(0)
         release(prog.q_ring, own_place)
         q_place = advance(q_place, prog.Q_STAGES)
@@ -256,10 +260,10 @@ def attn_bwd_dq_kernel(
     PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
     work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
     window = Window(window_left, window_right)
-    q_ring = allocate_ring(q_desc, Q_STAGES * CONSUMERS, 1)
-    dout_ring = allocate_ring(dout_desc, Q_STAGES * CONSUMERS, 1)
-    k_ring = allocate_ring(k_desc, K_STAGES, CONSUMERS)
-    v_ring = allocate_ring(v_desc, V_STAGES, CONSUMERS)
+    q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
+    dout_ring = allocate_ring(dout_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
+    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, K_STAGES, CONSUMERS)
+    v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, V_STAGES, CONSUMERS)
     tiles = allocate_tiles(CONSUMERS)
     prog = Program(
         dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work, window, score,

@@ -22,7 +22,7 @@ from flash_attn.kernels.hopper.pipeline import (
     mbarrier,
     release,
 )
-from flash_attn.kernels.hopper.schedule import TILE_STAGES, announced_span, query_blocks, tile_field
+from flash_attn.kernels.hopper.schedule import TILE_STAGES, announced_span, announced_tile, query_blocks, tile_field
 
 TURN_STAGES = gl.constexpr(2)  # turns given ahead
 
@@ -77,9 +77,7 @@ def turn_partition(prog, PASSES: gl.constexpr):
     t_place, place = Place(0, 0), Place(0, 0)
     await_full(prog.tiles, t_place)
     while tile_field(prog.tiles, t_place.index, 0) >= 0:
-        n_block = tile_field(prog.tiles, t_place.index, 0)
-        head_k, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
-        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        n_block, head_k, batch, begin, end = announced_tile(prog, t_place.index)
         span = announced_span(prog, t_place.index)
         release(prog.tiles, t_place)
         t_place = advance(t_place, TILE_STAGES)

@@ -47,6 +47,7 @@ from flash_attn.kernels.hopper.columns import (
     first_part,
     inner_products,
     num_parts,
+    split_columns,
     zero_columns,
 )
 from flash_attn.kernels.hopper.pipeline import (
@@ -76,6 +77,7 @@ from flash_attn.kernels.hopper.schedule import (
     Work,
     allocate_tiles,
     announced_span,
+    announced_tile,
     full_query_blocks,
     tile_field,
 )
@@ -185,7 +187,7 @@ def accumulate(
         q_tile = matrix(prog.q_ring, place.index, prog.BLOCK_M, prog.HEAD_DIM_PAD)
         dout_tile = matrix(prog.dout_ring, place.index, prog.BLOCK_M, prog.HEAD_DIM_PAD)
         await_full(prog.dout_ring, place)
-        dp = inner_products(v_tile, dout_tile, prog.BLOCK_M, prog.WIDTH)
+        dp = inner_products(split_columns(v_tile, prog.WIDTH), split_columns(dout_tile, prog.WIDTH), prog.BLOCK_M)
         rows = (m_block * prog.BLOCK_M + gl.arange(0, prog.BLOCK_M, layout=lanes))[None, :]
         masked = (m_block < full_begin) | (m_block >= full_end) | ends
         lse = prog.row_lse.index(place.index).load(lanes)[None, :]
@@ -231,18 +233,17 @@ def one_pass_partition(prog, CONSUMER: gl.constexpr):
     t_place, k_place, place, turn_count = Place(0, 0), Place(0, 0), Place(0, 0), 0
     await_full(prog.tiles, t_place)
     while tile_field(prog.tiles, t_place.index, 0) >= 0:
-        first_key = tile_field(prog.tiles, t_place.index, 0) * BLOCK_N + CONSUMER * WARPGROUP_ROWS
-        head_k, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
-        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        n_block, head_k, batch, begin, end = announced_tile(prog, t_place.index)
+        first_key = n_block * BLOCK_N + CONSUMER * WARPGROUP_ROWS
         span = announced_span(prog, t_place.index)
         first_block = first_dq_block(batch, span.start_q, prog.num_m, prog.BLOCK_M, prog.PACKED)
         release(prog.tiles, t_place)
         t_place = advance(t_place, TILE_STAGES)
         full_begin, full_end = full_query_blocks(first_key, span, prog.window, prog.BLOCK_M)
-        mbarrier.wait(prog.k_ring.full.index(k_place.index * 2), k_place.phase)
-        mbarrier.wait(prog.k_ring.full.index(k_place.index * 2 + 1), k_place.phase)
-        v_index = k_place.index * 2 + CONSUMER
-        mbarrier.wait(prog.v_ring.full.index(v_index), k_place.phase)
+        for half in gl.static_range(2):
+            await_full(prog.k_ring, Place(k_place.index * 2 + half, k_place.phase))
+        own_place = Place(k_place.index * 2 + CONSUMER, k_place.phase)
+        await_full(prog.v_ring, own_place)
         dk, dv, last, place, turn_count = accumulate(
             prog, k_place.index, place, first_key, begin, end, full_begin, full_end, head_k * prog.work.group, batch,
             first_block, turn_count, span, CONSUMER,
@@ -250,18 +251,18 @@ def one_pass_partition(prog, CONSUMER: gl.constexpr):
         old = place_before(place)
         mbarrier.wait(prog.ds_ring.full.index(old.index * 2 + 1 - CONSUMER), old.phase)
         dq = product_dq(prog, old.index, k_place.index, CONSUMER)
-        buffer = prog.v_ring.buffers.index(v_index)
+        buffer = prog.v_ring.buffers.index(own_place.index)
         dv_scale = kept_scale(prog.dropout)
         store_gradient(prog, prog.dv_desc, buffer, dv, dv_scale, first_key, span, batch, head_k)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(prog.k_ring.empty.index(k_place.index * 2), count=1)
-        mbarrier.arrive(prog.k_ring.empty.index(k_place.index * 2 + 1), count=1)
+        for half in gl.static_range(2):
+            release(prog.k_ring, Place(k_place.index * 2 + half, k_place.phase))
         turn_count = reduce_in_turn(prog, last, dq, turn_count, True)
         tma.store_wait(0)
         scale = gradient_scale(prog.score)
         store_gradient(prog, prog.dk_desc, buffer, dk, scale, first_key, span, batch, head_k)
         tma.store_wait(0)
-        mbarrier.arrive(prog.v_ring.empty.index(v_index), count=1)
+        release(prog.v_ring, own_place)
         k_place = advance(k_place, prog.K_STAGES)
         await_full(prog.tiles, t_place)
 
@@ -279,10 +280,10 @@ def attn_bwd_kernel(
     sizes = num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k
     work = Work(counter, *sizes, 1, 1 if ORDERED else None, 1 if AHEAD and not ORDERED else None)
     window = Window(window_left, window_right)
-    k_ring = allocate_ring(k_desc, K_STAGES * 2, 2)
-    v_ring = allocate_ring(v_desc, K_STAGES * 2, 1)
-    q_ring = allocate_ring(q_desc, STAGES, 2, 2)
-    dout_ring = allocate_ring(dout_desc, STAGES, 2, 2)
+    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, K_STAGES * 2, 2)
+    v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, K_STAGES * 2, 1)
+    q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, STAGES, 2, 2)
+    dout_ring = allocate_ring(dout_desc, HEAD_DIM_PAD, STAGES, 2, 2)
     row_lse = allocate_statistics(STAGES, BLOCK_M)
     row_delta = allocate_statistics(STAGES, BLOCK_M)
     key_words = None

@@ -16,18 +16,33 @@ from flash_attn.kernels.hopper.pipeline import (
 
 
 @gluon.jit
-def inner_products(left, right, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
-    """Issue left @ right^T, (64, COLUMNS), of two tiles in shared memory whose first WIDTH columns count."""
+def split_columns(tile, WIDTH: gl.constexpr):
+    """The first WIDTH columns of a tile in shared memory, as a tuple of one part or two."""
     FIRST: gl.constexpr = first_part(WIDTH)
-    zeros = gl.zeros((WARPGROUP_ROWS, COLUMNS), gl.float32, accumulator_layout(COLUMNS))
     if FIRST == WIDTH:
-        result = warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        parts = (tile,)
     else:
-        REST: gl.constexpr = WIDTH - FIRST
-        first, rest = left.slice(0, FIRST, 1), left.slice(FIRST, REST, 1)
-        right_first, right_rest = right.slice(0, FIRST, 1), right.slice(FIRST, REST, 1)
-        result = warpgroup_mma(first, right_first.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        result = warpgroup_mma(rest, right_rest.permute((1, 0)), result, is_async=True)
+        parts = (tile.slice(0, FIRST, 1), tile.slice(FIRST, WIDTH - FIRST, 1))
+    return parts
+
+
+@gluon.jit
+def load_columns(parts, layout: gl.constexpr):
+    """The parts of a tile in registers."""
+    if len(parts) == 1:
+        loaded = (parts[0].load(layout),)
+    else:
+        loaded = (parts[0].load(layout), parts[1].load(layout))
+    return loaded
+
+
+@gluon.jit
+def inner_products(left, right, COLUMNS: gl.constexpr):
+    """Issue left @ right^T, (64, COLUMNS), of two tiles in parts: right in shared memory, left there or in registers."""
+    zeros = gl.zeros((WARPGROUP_ROWS, COLUMNS), gl.float32, accumulator_layout(COLUMNS))
+    result = warpgroup_mma(left[0], right[0].permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if len(left) == 2:
+        result = warpgroup_mma(left[1], right[1].permute((1, 0)), result, is_async=True)
     return result
 
 

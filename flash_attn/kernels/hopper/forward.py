@@ -37,13 +37,15 @@ from flash_attn.kernels.hopper.columns import (
     await_columns,
     first_part,
     inner_products,
+    load_columns,
     num_parts,
     scale_columns,
+    split_columns,
     zero_columns,
 )
 from flash_attn.kernels.hopper.forward_load import load_partition
 from flash_attn.kernels.hopper.forward_skip import skip_keys, skip_values, unseen_blocks
-from flash_attn.kernels.hopper.forward_tiles import drop_block, finish, score_block, softmax_step, store_tile
+from flash_attn.kernels.hopper.forward_tiles import drop_block, finish, score_block, softmax_step, store_results
 from flash_attn.kernels.hopper.pipeline import (
     FIRST_TURN,
     WARPGROUP_ROWS,
@@ -51,6 +53,7 @@ from flash_attn.kernels.hopper.pipeline import (
     accumulator_layout,
     advance,
     aggregate,
+    allocate_buffers,
     allocate_ring,
     await_full,
     await_turn,
@@ -69,6 +72,7 @@ from flash_attn.kernels.hopper.schedule import (
     Work,
     allocate_tiles,
     announced_span,
+    announced_tile,
     full_key_blocks,
     tile_field,
 )
@@ -108,16 +112,16 @@ class Program:
 def product_qk(prog, q_tile, slot):
     """Issue S = Q K^T, (64, BLOCK_N)."""
     k_tile = matrix(prog.k_ring, slot, prog.BLOCK_N, prog.HEAD_DIM_PAD)
-    return inner_products(q_tile, k_tile, prog.BLOCK_N, prog.WIDTH)
+    return inner_products(q_tile, split_columns(k_tile, prog.WIDTH), prog.BLOCK_N)
 
 
 @gluon.jit
-def own_queries(prog, index, phase, present):
-    """Wait for a consumer's Q of a tile that is present: (64, HEAD_DIM_PAD) in shared memory, or read into registers."""
-    q_tile = matrix(prog.q_ring, index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
-    mbarrier.wait(prog.q_ring.full.index(index), phase, pred=present)
+def own_queries(prog, place, present):
+    """Wait for a consumer's Q of a tile that is present: (64, WIDTH), in parts, in shared memory or read into registers."""
+    q_tile = split_columns(matrix(prog.q_ring, place.index, WARPGROUP_ROWS, prog.HEAD_DIM_PAD), prog.WIDTH)
+    await_full(prog.q_ring, place, present)
     if prog.Q_IN_REGISTERS:
-        q_tile = q_tile.load(gl.DotOperandLayout(0, accumulator_layout(prog.BLOCK_N), 2))
+        q_tile = load_columns(q_tile, gl.DotOperandLayout(0, accumulator_layout(prog.BLOCK_N), 2))
     return q_tile
 
 
@@ -138,7 +142,7 @@ def tile_follows(tiles, place, last):
 @gluon.jit
 def attend_blocks(
     prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, last, full_begin, full_end, follows,
-    unread, tiles, next_place, span, slope, unit, key, CONSUMER: gl.constexpr,
+    unread, next_place, span, slope, unit, key, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Key blocks last - 1 down to begin; the product of the last weights with their values stays to be done."""
     NEXT: gl.constexpr = (CONSUMER + 1) % prog.CONSUMERS
@@ -152,8 +156,8 @@ def attend_blocks(
         acc = product_pv(prog, weights, v_place.index, acc)
         if prog.PING_PONG:
             give_turn(FIRST_TURN + NEXT, TURN_THREADS)
-        if tiles is not None:
-            follows = tile_follows(tiles, next_place, n_block == begin)
+        if prog.OVERLAP:
+            follows = tile_follows(prog.tiles, next_place, n_block == begin)
         tile = warpgroup_mma_wait(num_parts(prog.WIDTH), deps=(tile,))
         release(prog.k_ring, k_place)
         k_place = advance(k_place, prog.STAGES)
@@ -164,7 +168,7 @@ def attend_blocks(
         acc = await_columns(acc)
         release(prog.v_ring, v_place)
         v_place = advance(v_place, prog.STAGES)
-        weights = gl.convert_layout(p.to(q_tile.dtype), operand)
+        weights = gl.convert_layout(p.to(prog.k_ring.buffers.dtype), operand)
         if prog.score.bounded is None:
             acc = scale_columns(acc, rescale)
     return weights, acc, row_max, row_sums, k_place, v_place, follows
@@ -200,8 +204,8 @@ def attend_overlapped(prog, CONSUMER: gl.constexpr):
         before, behind = unseen_blocks(prog, first_row, begin, end, span, present, CONSUMER)
         k_place = skip_keys(prog, k_place, behind, True)
         begin, end, unread = begin + before, end - behind, unread + behind
-        q_index = q_place.index * prog.CONSUMERS + CONSUMER
-        q_tile = own_queries(prog, q_index, q_place.phase, present)
+        own_place = Place(q_place.index * prog.CONSUMERS + CONSUMER, q_place.phase)
+        q_tile = own_queries(prog, own_place, present)
         if prog.PING_PONG:
             await_turn(FIRST_TURN + CONSUMER, TURN_THREADS)
         tile = product_qk(prog, q_tile, k_place.index)
@@ -233,18 +237,18 @@ def attend_overlapped(prog, CONSUMER: gl.constexpr):
             old_row = tile_field(prog.tiles, old_slot, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
             old_span = announced_span(prog, old_slot)
             old_batch, old_head = tile_field(prog.tiles, old_slot, 2), tile_field(prog.tiles, old_slot, 1)
-            store_tile(prog, acc, inverse_sum, lse, old_row, old_span, old_batch, old_head, CONSUMER)
+            store_results(prog, acc, inverse_sum, lse, old_row, old_span, old_batch, old_head, CONSUMER)
             mbarrier.arrive(prog.tiles.empty.index(old_slot), count=1)
         v_place = skip_values(prog, v_place, unread)
         acc = zero_columns(prog.WIDTH)
         last = gl.where(present, end - 1, begin)
         weights, acc, row_max, row_sums, k_place, v_place, follows = attend_blocks(
             prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, last, full_begin, full_end,
-            follows, before > 0, prog.tiles, next_place, span, slope, unit, key, CONSUMER,
+            follows, before > 0, next_place, span, slope, unit, key, CONSUMER,
         )  # fmt: skip
         k_place = skip_keys(prog, k_place, before, follows)
         unread = before
-        mbarrier.arrive(prog.q_ring.empty.index(q_index), count=1, pred=present)
+        release(prog.q_ring, own_place, present)
         q_place = advance(q_place, 2)
         old_slot, t_place = t_place.index, next_place
         pending, present = present, follows
@@ -262,23 +266,20 @@ def attend_serially(prog, CONSUMER: gl.constexpr):
     row_layout: gl.constexpr = gl.SliceLayout(1, tile_layout)
     dtype: gl.constexpr = prog.o_buffers.dtype
     unit = unit_log2(prog.score)
-    t_place, q_phase, k_place, v_place = Place(0, 0), 0, Place(0, 0), Place(0, 0)
+    t_place, own_place, k_place, v_place = Place(0, 0), Place(CONSUMER, 0), Place(0, 0), Place(0, 0)
     lowest = gl.full((WARPGROUP_ROWS,), lowest_max(prog.score), gl.float32, row_layout)
     nothing = gl.zeros((WARPGROUP_ROWS, 8), gl.float32, partial_layout())
-    q_tile = matrix(prog.q_ring, CONSUMER, WARPGROUP_ROWS, prog.HEAD_DIM_PAD)
     if prog.PING_PONG and CONSUMER == prog.CONSUMERS - 1:
         give_turn(FIRST_TURN + 0, TURN_THREADS)
     await_full(prog.tiles, t_place)
     while tile_field(prog.tiles, t_place.index, 0) >= 0:
-        first_row = tile_field(prog.tiles, t_place.index, 0) * BLOCK_M + CONSUMER * WARPGROUP_ROWS
-        head, batch = tile_field(prog.tiles, t_place.index, 1), tile_field(prog.tiles, t_place.index, 2)
-        begin, end = tile_field(prog.tiles, t_place.index, 3), tile_field(prog.tiles, t_place.index, 4)
+        m_block, head, batch, begin, end = announced_tile(prog, t_place.index)
+        first_row = m_block * BLOCK_M + CONSUMER * WARPGROUP_ROWS
         span = announced_span(prog, t_place.index)
         full_begin, full_end = full_key_blocks(first_row, span, prog.window, prog.BLOCK_N)
         slope = load_slope(prog.score, batch, head)
         key = load_key(prog.dropout, batch * prog.work.nheads + head)
-        mbarrier.wait(prog.q_ring.full.index(CONSUMER), q_phase)
-        q_phase ^= 1
+        q_tile = own_queries(prog, own_place, True)
         await_full(prog.k_ring, k_place)
         tile = product_qk(prog, q_tile, k_place.index)
         tile = warpgroup_mma_wait(0, deps=(tile,))
@@ -292,7 +293,7 @@ def attend_serially(prog, CONSUMER: gl.constexpr):
         acc = zero_columns(prog.WIDTH)
         weights, acc, row_max, row_sums, k_place, v_place, _follows = attend_blocks(
             prog, q_tile, weights, acc, row_max, row_sums, k_place, v_place, first_row, begin, end - 1, full_begin, full_end,
-            False, False, None, None, span, slope, unit, key, CONSUMER,
+            False, False, t_place, span, slope, unit, key, CONSUMER,
         )  # fmt: skip
         await_full(prog.v_ring, v_place)
         acc = product_pv(prog, weights, v_place.index, acc)
@@ -303,9 +304,10 @@ def attend_serially(prog, CONSUMER: gl.constexpr):
         acc = await_columns(acc)
         release(prog.v_ring, v_place)
         v_place = advance(v_place, prog.STAGES)
-        store_tile(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER)
+        store_results(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER)
         tma.store_wait(0)
-        mbarrier.arrive(prog.q_ring.empty.index(CONSUMER), count=1)
+        release(prog.q_ring, own_place)
+        own_place = Place(CONSUMER, own_place.phase ^ 1)
     if prog.PING_PONG and CONSUMER == 0:
         await_turn(FIRST_TURN + 0, TURN_THREADS)
 
@@ -337,12 +339,12 @@ def attn_fwd_kernel(
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
     work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
     window = Window(window_left, window_right)
-    q_ring = allocate_ring(q_desc, Q_STAGES * CONSUMERS, 1)
-    k_ring = allocate_ring(k_desc, STAGES, CONSUMERS)
-    v_ring = allocate_ring(v_desc, STAGES, CONSUMERS)
+    q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
+    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)
+    v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)
     tiles = allocate_tiles(CONSUMERS)
     if OVERLAP:
-        o_buffers = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
+        o_buffers = allocate_buffers(o_desc, HEAD_DIM_PAD, CONSUMERS)
     else:
         o_buffers = q_ring.buffers
     prog = Program(

@@ -41,7 +41,7 @@ def load_partition(prog):
             fill_keys(prog, prog.k_ring, k_place, span, first, batch, head_k)
             k_place = advance(k_place, prog.STAGES)
             if value >= 0:
-                fill(prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head, prog.PACKED)
+                fill(prog, prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head)
                 v_place = advance(v_place, prog.STAGES)
             value, value_start, value_length = first, span.start_k, span.seqlen_k
             value_batch, value_head = batch, head_k
@@ -52,5 +52,5 @@ def load_partition(prog):
                 t_place = advance(t_place, TILE_STAGES)
                 announce_next(prog, t_place, draw(prog.work), BLOCK_M, prog.BLOCK_N)
     if value >= 0:
-        fill(prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head, prog.PACKED)
+        fill(prog, prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head)
     clear_counter(prog.work)

@@ -17,8 +17,7 @@ from flash_attn.kernels.hopper.pipeline import (
     gl,
     gluon,
     partial_layout,
-    row_coordinates,
-    start_store,
+    store_tile,
 )
 
 
@@ -149,14 +148,13 @@ def finish(prog, row_max, row_sums, unit, head):
 
 
 @gluon.jit
-def store_tile(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER: gl.constexpr):
+def store_results(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER: gl.constexpr):
     """out and softmax_lse of one consumer's rows; the copy of out is still running on return."""
     buffer, softmax_lse = prog.o_buffers.index(CONSUMER), prog.softmax_lse
     out = scale_columns(acc, inverse_sum)
     store_columns(buffer.reshape([WARPGROUP_ROWS, prog.HEAD_DIM_PAD]), out, 1.0, prog.WIDTH)
     fence_async_shared()
-    coordinates = row_coordinates(span.start_q, span.seqlen_q, first_row, batch, head, prog.PACKED)
-    start_store(prog.o_desc, coordinates, buffer)
+    store_tile(prog, prog.o_desc, buffer, span.start_q, span.seqlen_q, first_row, batch, head)
     row_layout: gl.constexpr = lse.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
     base = (

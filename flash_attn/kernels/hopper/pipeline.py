@@ -54,10 +54,24 @@ class Ring:
 
 
 @gluon.jit
-def allocate_ring(descriptor, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
-    """A ring of DEPTH tiles of a tensor map, each filled by WRITERS arrivals and released by READERS."""
-    buffers = gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + descriptor.block_type.shape, descriptor.layout)
+def allocate_ring(
+    descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1
+):
+    """A ring of DEPTH tiles for a tensor map, each filled by WRITERS arrivals and released by READERS."""
+    buffers = allocate_buffers(descriptor, COLUMNS, DEPTH)
     return Ring(buffers, allocate_barriers(DEPTH, WRITERS), allocate_barriers(DEPTH, READERS), descriptor)
+
+
+@gluon.jit
+def allocate_buffers(descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
+    """Room in shared memory for DEPTH tiles that are copied by a tensor map."""
+    SHAPE: gl.constexpr = _with_columns(descriptor.block_type.shape, COLUMNS)
+    return gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + SHAPE, descriptor.layout)
+
+
+@gluon.constexpr_function
+def _with_columns(shape, columns):
+    return [*shape[:-1], columns]
 
 
 @gluon.jit
@@ -99,44 +113,70 @@ def advance(place, DEPTH: gl.constexpr):
 
 
 @gluon.jit
-def row_coordinates(span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
-    """Coordinates of rows first, first + 1, ... of one sequence in the tensor map of an operand.
+def row_coordinates(span_start, seqlen, first, batch, head, column, PACKED: gl.constexpr):
+    """Coordinates of rows first, first + 1, ... of one sequence, from a column on, in the tensor map of an operand.
 
     Dense tensors have a map of (batch, sequence, head, dim). A packed batch has a ragged one of five dimensions, in which
     the end of the sequence coincides with the end of the map: rows past it read as zero and are not written.
     """
     if PACKED:
-        coordinates = [RAGGED_ORIGIN, span_start + seqlen, RAGGED_ORIGIN - seqlen + first, head, 0]
+        coordinates = [RAGGED_ORIGIN, span_start + seqlen, RAGGED_ORIGIN - seqlen + first, head, column]
     else:
-        coordinates = [batch, first, head, 0]
+        coordinates = [batch, first, head, column]
     return coordinates
 
 
-@gluon.jit
-def load_tile(descriptor, coordinates, barrier, buffer):
-    """Start the copy of one tile; `barrier` completes when its bytes have landed. Parts outside the tensor are zero."""
-    mbarrier.expect(barrier, descriptor.block_type.nbytes)
-    start_load(descriptor, coordinates, barrier, buffer)
+@gluon.constexpr_function
+def num_copies(descriptor, width):
+    """Copies of a tile: one, or one for each box of a tensor map that has some of the tile's first `width` columns."""
+    columns = descriptor.block_type.shape[-1]
+    return (width + columns - 1) // columns
 
 
 @gluon.jit
-def fill(ring, place, span_start, seqlen, first, batch, head, PACKED: gl.constexpr):
-    """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free."""
+def copied_columns(buffer, descriptor, copy):
+    """The part of a tile that one of its copies fills or reads. A swizzled tile lies in shared memory column by column of 128
+    bytes, so that a part of so many columns is a tile itself."""
+    SHAPE: gl.constexpr = descriptor.block_type.shape
+    COPIES: gl.constexpr = buffer.shape[-1] // SHAPE[-1]
+    if COPIES > 1:
+        buffer = buffer._reinterpret(buffer.dtype, [COPIES] + SHAPE, descriptor.layout).index(copy)
+    return buffer
+
+
+@gluon.jit
+def fill(prog, ring, place, span_start, seqlen, first, batch, head):
+    """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free; rows outside are zero."""
+    descriptor = ring.descriptor
+    COPIES: gl.constexpr = num_copies(descriptor, prog.WIDTH)
     mbarrier.wait(ring.empty.index(place.index), place.phase)
-    coordinates = row_coordinates(span_start, seqlen, first, batch, head, PACKED)
-    load_tile(ring.descriptor, coordinates, ring.full.index(place.index), ring.buffers.index(place.index))
+    barrier, buffer = ring.full.index(place.index), ring.buffers.index(place.index)
+    mbarrier.expect(barrier, COPIES * descriptor.block_type.nbytes)
+    for copy in range(COPIES):
+        column = copy * descriptor.block_type.shape[-1]
+        coordinates = row_coordinates(span_start, seqlen, first, batch, head, column, prog.PACKED)
+        start_load(descriptor, coordinates, barrier, copied_columns(buffer, descriptor, copy))
 
 
 @gluon.jit
 def fill_queries(prog, ring, place, span, first, batch, head):
     """`fill` with rows of q, or of what is shaped like it."""
-    fill(ring, place, span.start_q, span.seqlen_q, first, batch, head, prog.PACKED)
+    fill(prog, ring, place, span.start_q, span.seqlen_q, first, batch, head)
 
 
 @gluon.jit
 def fill_keys(prog, ring, place, span, first, batch, head_k):
     """`fill` with rows of k, or of what is shaped like it."""
-    fill(ring, place, span.start_k, span.seqlen_k, first, batch, head_k, prog.PACKED)
+    fill(prog, ring, place, span.start_k, span.seqlen_k, first, batch, head_k)
+
+
+@gluon.jit
+def store_tile(prog, descriptor, buffer, span_start, seqlen, first, batch, head):
+    """Start the copy of a tile in shared memory to rows first, first + 1, ... of a sequence; rows outside are left out."""
+    for copy in range(num_copies(descriptor, prog.WIDTH)):
+        column = copy * descriptor.block_type.shape[-1]
+        coordinates = row_coordinates(span_start, seqlen, first, batch, head, column, prog.PACKED)
+        start_store(descriptor, coordinates, copied_columns(buffer, descriptor, copy))
 
 
 @gluon.jit

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_interval
 from flash_attn.kernels.algebra.span import Span, load_span
-from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
+from flash_attn.kernels.hopper.pipeline import (
+    WARPGROUP_ROWS,
+    Ring,
+    allocate_barriers,
+    gl,
+    gluon,
+    loop_variant,
+    mbarrier,
+)
 
 TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
@@ -75,11 +83,17 @@ def clear_counter(work):
 @gluon.jit
 def tile_at(index, work, window):
     """(block, head, batch) of a tile, the longest first: causal rows see more keys the later they are, and causal keys are
-    seen by more rows the earlier they are."""
-    tiles_together = work.heads_together * work.num_blocks
-    first = index // tiles_together * work.heads_together
-    together = gl.minimum(work.heads_together, work.num_tiles // work.num_blocks - first)
-    rest = index % tiles_together
+    seen by more rows the earlier they are. The first turn takes what no full turn has, so that the last one is full."""
+    # computed anew for each tile: the loading warp's 24 registers do not hold what follows from the sizes alone
+    together, first = work.heads_together + loop_variant(index), 0
+    num_heads = work.num_tiles // work.num_blocks
+    first_turn = (num_heads - 1) % together + 1
+    turn = (index + (together - first_turn) * work.num_blocks) // (together * work.num_blocks)
+    if turn == 0:
+        together = first_turn
+    else:
+        first = first_turn + (turn - 1) * together
+    rest = index - first * work.num_blocks
     block, batch_head = rest // together, first + rest % together
     heads = work.nheads
     if work.by_keys is not None:
@@ -152,13 +166,19 @@ def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexp
 def next_tile(index, sequences, work, window, TILE: gl.constexpr):
     """(number, block, head, batch, span) of the first tile from `index` on that has rows, drawing from the counter; block -1
     when there is none."""
-    block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
-    span = tile_span(batch, sequences, work)
-    if sequences.cu_seqlens_q is not None:
-        while (index < work.num_tiles) & (block * TILE >= (span.seqlen_q if work.by_keys is None else span.seqlen_k)):
-            index = draw(work)
+    if sequences.cu_seqlens_q is None:
+        block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
+        span = tile_span(batch, sequences, work)
+    else:
+        block, head, batch, span = index, index, index, Span(index, index, index, index)
+        searching = index >= 0
+        while searching:
             block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
             span = tile_span(batch, sequences, work)
+            length = span.seqlen_q if work.by_keys is None else span.seqlen_k
+            searching = (index < work.num_tiles) & (block * TILE >= length)
+            if searching:
+                index = draw(work)
     return index, gl.where(index < work.num_tiles, block, -1), head, batch, span
 
 
