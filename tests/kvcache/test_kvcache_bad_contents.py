@@ -142,6 +142,27 @@ def test_pages_that_do_not_exist(name, device, seed):
 
 
 @everywhere
+@pytest.mark.parametrize("page, headdim", [(4, 32), (8, 32), (16, 128), (32, 64)])
+def test_some_pages_of_a_block_do_not_exist(page, headdim, device, seed):
+    """They count as pages of zeros, wherever they lie in a block of keys that takes several pages."""
+    shape = (9, page, HK, headdim)
+    k, v = (calls.randn(*shape, dtype=FP16, device=device, seed=seed + i) for i in range(2))
+    k[8], v[8] = 0.0, 0.0
+    q = calls.randn(2, 1, H, headdim, dtype=FP16, device=device, seed=seed + 2)
+    lengths = calls.int32([8 * page - 1, 5 * page], device)
+    tables = ([0, -1, 1, 2, 9, 3, INT_MIN, 4], [-1, 5, INT_MAX, 6, 7, 0, 0, 0])
+    zeros = [[number if 0 <= number < 9 else 8 for number in table] for table in tables]
+    found, wanted = (
+        flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=lengths, block_table=calls.int32(table, device), return_softmax_lse=True
+        )
+        for table in (tables, zeros)
+    )
+    calls.assert_equal(found, wanted)
+    assert found[0].isfinite().all()
+
+
+@everywhere
 def test_padding_rows_of_a_batch(device, seed):
     """As continuous batching pads: no pages, length -1, and new tokens that go nowhere."""
     call = Call(device, seed, [-1, 20], paged=True)

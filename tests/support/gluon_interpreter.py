@@ -160,7 +160,7 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> "Shared":
         return Shared(self.memory.view(*shape))
 
-    def _reinterpret(self, _dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "Shared":
+    def by_columns(self, shape: Sequence[int]) -> "Shared":
         """A swizzled tile as its groups of columns."""
         groups, *_, columns = shape
         return Shared(self.memory.unflatten(-1, (groups, columns)).movedim(-2, 0))
@@ -508,6 +508,7 @@ def replacements() -> Iterator[tuple[Any, dict[str, Any]]]:
         "warpgroup_mma_wait": lambda pending, deps: machine().await_products(pending, deps),
         "fence_async_shared": lambda: None,
         "start_load": lambda *arguments: machine().start_load(*arguments),
+        "reinterpret": lambda buffer, _dtype, shape, _layout: buffer.by_columns(shape),
         "start_store": lambda *arguments: machine().start_store(*arguments),
         "await_turn": lambda *arguments: machine().await_turn(*arguments),
         "give_turn": lambda *arguments: machine().give_turn(*arguments),

@@ -168,6 +168,8 @@ REGRESSIONS = [
     CacheCase("group-past-a-tile", BF16, 64, 48, 1, 3, (150, 80), 3, causal=True, num_splits=2),
     CacheCase("leftpad-of-everything", FP16, 64, 4, 2, 1, (40, 64), leftpad=(40, 63)),
     CacheCase("leftpad-pages", BF16, 64, 4, 2, 1, (200, 64), 1, page=16, leftpad=(100, 9), causal=True),
+    CacheCase("pages-of-a-block", BF16, 128, 8, 2, 1, (700, 31), 1, page=16, causal=True, num_splits=3),
+    CacheCase("pages-of-a-block-forward", FP16, 96, 4, 2, 70, (130, 77), 70, "halves", 64, page=32, causal=True),
     CacheCase("full-pages", FP16, 128, 8, 2, 1, (256, 255), 0, page=64, spare=0),
     CacheCase("last-free-place", FP16, 64, 8, 2, 1, (63, 10), 1, page=16, spare=0, causal=True),
 ]
@@ -182,6 +184,8 @@ SMALL_CACHE_CASES = [
     CacheCase("small-neox-window", FP32, 16, 2, 2, 2, (30,), 2, "halves", 16, window=(9, 3)),
     CacheCase("small-page1", FP16, 16, 2, 1, 1, (20, 3), 1, page=1, spare=4),
     CacheCase("small-page3", FP32, 16, 2, 1, 2, (20, 5), 1, "interleaved", 16, page=3, causal=True, num_splits=2),
+    CacheCase("small-page4", FP16, 32, 4, 2, 1, (37, 5), 1, page=4, causal=True, num_splits=2),
+    CacheCase("small-page8", FP32, 16, 2, 1, 2, (30, 17), 2, "halves", 16, page=8, window=(9, -1)),
     CacheCase("small-page16", FP16, 32, 4, 1, 1, (33, 16), 1, page=16, num_splits=2),
     CacheCase("small-page16-leftpad", FP16, 32, 2, 2, 1, (33, 16), 1, page=16, leftpad=(18, 3)),
     CacheCase("small-idx", FP32, 16, 2, 2, 2, (20, 9), 2, batch_idx=True, causal=True),
@@ -193,6 +197,7 @@ SMALL_CACHE_CASES = [
     CacheCase("small-empty", FP16, 32, 2, 1, 3, (0, 1), causal=True, num_splits=2),
     CacheCase("small-many-rows", FP16, 32, 4, 1, 20, (30,), 20, "halves", 32, causal=True, num_splits=2),
     CacheCase("small-forward-kernel", FP16, 32, 4, 1, 20, (13,), 7, page=16, causal=True),
+    CacheCase("small-forward-kernel-page8", FP16, 32, 4, 1, 20, (23, 5), 1, page=8, causal=True),
     CacheCase("small-forward-kernel-page3", FP16, 32, 4, 1, 20, (23,), 1, page=3, window=(7, 2)),
     CacheCase("small-forward-kernel-idx", FP32, 16, 4, 1, 17, (19, 40), 1, batch_idx=True, leftpad=(3, 17)),
 ]

@@ -22,6 +22,8 @@ __all__ = ["fence_async_shared", "gl", "gluon", "mbarrier", "tma", "warpgroup_mm
 # copies through a tensor map, renamed after Triton 3.7
 start_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 start_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret  # renamed then, too
 
 WARPGROUP_ROWS = gl.constexpr(64)  # rows of one warpgroup's tensor-core product
 RAGGED_ORIGIN = gl.constexpr(1 << 30)
@@ -140,7 +142,7 @@ def copied_columns(buffer, descriptor, copy):
     SHAPE: gl.constexpr = descriptor.block_type.shape
     COPIES: gl.constexpr = buffer.shape[-1] // SHAPE[-1]
     if COPIES > 1:
-        buffer = buffer._reinterpret(buffer.dtype, [COPIES] + SHAPE, descriptor.layout).index(copy)
+        buffer = reinterpret(buffer, buffer.dtype, [COPIES] + SHAPE, descriptor.layout).index(copy)
     return buffer
 
 
