@@ -24,6 +24,7 @@ from flash_attn.launch.hopper import (
     HopperDqConfig,
     HopperOnePassConfig,
     copy_columns,
+    even_share,
     head_dim_pad,
     hopper_backward_config,
     product_width,
@@ -113,7 +114,7 @@ def _tiles(q: Tensor, fixed: FixedArguments, seqlen: int, nheads: int, heads_tog
     num_blocks, heads = math.ceil(seqlen / TILE), fixed.batch_size * nheads
     num_tiles = num_blocks * heads
     num_programs = min(num_tiles, devices.of(q.device).num_sms)
-    return Tiles(num_programs, (num_tiles, num_blocks, min(heads, heads_together), *fixed.lengths))
+    return Tiles(num_programs, (num_tiles, num_blocks, even_share(heads_together, heads), *fixed.lengths))
 
 
 def _key_maps(

@@ -83,6 +83,21 @@ def product_width(headdim: int) -> int:
     return min(width for width in (*WIDTHS_IN_TWO_PARTS, head_dim_pad(headdim)) if width >= headdim)
 
 
+def even_share(heads_together: int, heads: int) -> int:
+    """Heads whose tiles a backward draws in turn, up to a quarter more or less, such that all turns have about as many.
+
+    Of a few last heads' causal tiles the longest would be left when nothing else is.
+    """
+    spare = heads_together // 4
+    candidates = range(heads_together - spare, heads_together + spare + 1)
+
+    def evenness(share: int) -> float:
+        last = (heads - 1) % share + 1
+        return last / share - abs(share - heads_together) / (4 * heads_together)
+
+    return heads if heads <= heads_together else max(candidates, key=evenness)
+
+
 def copy_columns(headdim: int) -> int:
     """Columns of one copy of a tile: all, or 64 of them where the last 64 lie past the head dim and are not copied.
 

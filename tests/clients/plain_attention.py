@@ -44,7 +44,7 @@ def run(call, layer, x, dtype, seed):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
     (out * weights.to(out)).sum().backward()
     gradients = {name: w.grad.double() for name, w in layer.named_parameters()} | {"x": x.grad.double()}
-    return tiny.Pass(out.detach().double().flatten(0, -2), gradients)
+    return tiny.Pass(out.detach().double().flatten(0, -2), gradients, {})
 
 
 def compare(call, layer, with_plain, seed):

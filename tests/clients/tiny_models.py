@@ -156,37 +156,51 @@ def with_attention(model: torch.nn.Module, implementation: str, dtype: torch.dty
 
 
 class Pass(NamedTuple):
-    """The logits at the tokens that exist, and the gradient of every parameter."""
+    """The logits at the tokens that exist, and the gradient of every parameter; what the gradients of biases add up."""
 
     logits: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    terms: dict[str, torch.Tensor]  # of a bias, whose gradient is a sum over tokens: the root of their squares' sum
 
 
 def run(model: torch.nn.Module, implementation: str, dtype: torch.dtype, loss_seed: int, **inputs: Any) -> Pass:
     """Forward and backward of a copy of the model under a random linear loss."""
     model = with_attention(model, implementation, dtype)
+    terms: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: torch.nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+            terms[name] = outputs[0].double().flatten(0, -2).square().sum(0).sqrt()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            module.register_full_backward_hook(keep(f"{name}.bias"))
     logits = model(**inputs).logits
     exists = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     logits = logits.flatten(0, 1) if exists is None else logits[exists.bool()]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(loss_seed))
     (logits * weights.to(logits)).sum().backward()
     gradients = {name: x.grad.double() for name, x in model.named_parameters() if x.grad is not None}
-    return Pass(logits.detach().double(), gradients)
+    return Pass(logits.detach().double(), gradients, terms)
 
 
 def check(actual: Pass, matched: Pass, truth: Pass, dtype: torch.dtype) -> None:
     """No further from the truth than twice the worst that eager attention in the same dtype is, and the noise of fp32.
 
     Errors are root mean squares relative to what they are errors of, or to the typical parameter's gradient where that is
-    larger: some gradients, such as that of the keys' bias, are zero. A mean over a router's two numbers is no estimate, so the
-    gradients of a few numbers share one.
+    larger: some gradients are zero. That of the keys' bias is a sum over tokens whose terms cancel; its error is one of the
+    terms. A mean over a router's two numbers is no estimate, so the gradients of a few numbers share one.
     """
     typical = statistics.median(rms(x) for x in truth.gradients.values())
     eps = torch.finfo(dtype).eps
     few = [name for name, x in truth.gradients.items() if x.numel() < FEW_NUMBERS]
 
     def own_error(result: Pass, name: str) -> float:
-        return rms(result.gradients[name] - truth.gradients[name]) / max(rms(truth.gradients[name]), typical)
+        gradient = truth.gradients[name]
+        size = max(typical, rms(gradient), rms(truth.terms.get(name, gradient)))
+        return rms(result.gradients[name] - gradient) / size
 
     def error(result: Pass, name: str) -> float:
         return own_error(result, name) if name not in few else rms(torch.tensor([own_error(result, x) for x in few]))

@@ -172,19 +172,25 @@ def test_tiles_that_one_program_takes_in_turn(turn, device, seed):
         check_backward(case, "in order", seed + turn)
 
 
+TURNS = [(1, 1, 5), (6, 6, 3), (11, 2, 7), (12, 8, 4), (44, 8, 3), (9, 4, 1)]
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    "heads, together, num_blocks", [(1, 1, 5), (6, 6, 3), (11, 2, 7), (12, 8, 4), (44, 8, 3), (9, 4, 1)]
-)
-def test_tiles_are_drawn_once_and_the_last_turn_is_full(heads, together, num_blocks, causal, seed):
-    """Turn after turn, a turn's longest tiles first; what no full turn takes comes first."""
-    work = schedule.Work(None, heads * num_blocks, num_blocks, together, heads, 1, None, None, None, None)
+@pytest.mark.parametrize("heads, together, num_blocks", TURNS)
+@pytest.mark.parametrize("by_keys", [None, 1])
+def test_tiles_are_drawn_once_turn_after_turn(by_keys, heads, together, num_blocks, causal, seed):
+    """A turn's longest tiles first; what no full turn takes comes first of query tiles, and last of key tiles."""
+    window = Window(None, 0 if causal else None)
+    work = schedule.Work(
+        None, heads * num_blocks, num_blocks, together, heads, 1, None, None, None, None, by_keys=by_keys
+    )
     with interpreted(1, seed):
-        tiles = [schedule.tile_at(i, work, Window(None, 0 if causal else None)) for i in range(work.num_tiles)]
-    drawn = iter(tiles)
-    bounds = [0, *range((heads - 1) % together + 1, heads + 1, together)]
+        drawn = iter([schedule.tile_at(i, work, window) for i in range(work.num_tiles)])
+    rest = heads % together
+    full = range(0 if by_keys else rest, heads - rest + 1 if by_keys else heads + 1, together)
+    bounds = [*full, heads] if by_keys else [0, *full]
     for begin, end in itertools.pairwise(bounds):
-        for block in sorted(range(num_blocks), reverse=causal):
+        for block in sorted(range(num_blocks), reverse=causal and not by_keys):
             assert [next(drawn) for _ in range(begin, end)] == [(block, head, 0) for head in range(begin, end)]
     assert next(drawn, None) is None
 

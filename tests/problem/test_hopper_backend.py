@@ -38,6 +38,7 @@ from flash_attn.launch.hopper import (
     WIDE,
     HopperOnePassConfig,
     HopperTwoPassConfig,
+    even_share,
     head_dim_pad,
     hopper_backward_config,
     hopper_forward_config,
@@ -392,6 +393,19 @@ def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monke
     assert num_tiles == 960 * num_m
     assert heads_together == (max(1, 2 * PROGRAMS // num_m) if causal else 1)
     assert heads_together * num_m <= max(2 * PROGRAMS, num_m)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 8, 16, 33, 66])
+def test_turns_of_a_backward_are_even(wanted):
+    """About as many heads as asked, and a last turn that is at least as full as with just so many."""
+
+    def last(share):
+        return ((heads - 1) % share + 1) / share
+
+    for heads in range(2000):
+        share = even_share(wanted, heads)
+        assert share == heads if heads <= wanted else abs(share - wanted) <= wanted // 4
+        assert heads <= wanted or last(share) >= last(wanted)
 
 
 def test_products_leave_out_the_padding():
