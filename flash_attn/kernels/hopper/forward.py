@@ -18,7 +18,7 @@ With OVERLAP (head dims up to 128) the last product with V of a tile runs beside
 so that short sequences do not drain the tensor cores; q then has two slots and out a buffer of its own. At head dim 256
 shared memory has room for neither: a tile is finished first, and out leaves through Q's buffer. Products and accumulators are
 WIDTH columns wide, in two parts where that is no power of two; tiles in shared memory are padded to HEAD_DIM_PAD. With
-Q_IN_REGISTERS, for one part, consumers read their Q once a tile and Q K^T takes only K from shared memory, at 64 bytes a cycle
+Q_IN_REGISTERS consumers read their Q once a tile and Q K^T takes only K from shared memory, at 64 bytes a cycle
 in place of 96 (128 keys a step) or of all 128 that there are (64).
 
 Two things here are written for ptxas (12.8): the K/V loop is one loop with a uniform branch around the mask, because it
