@@ -9,11 +9,10 @@ from torch import Tensor
 from flash_attn.backends.base import Operands
 from flash_attn.backends.fixed_arguments import (
     fixed_arguments,
+    forward_constants,
     optional_tensors,
     page_numbers,
-    pages_of_block,
     strides,
-    tile_constants,
 )
 from flash_attn.backends.launcher import Launcher
 from flash_attn.launch.forward import ForwardConfig
@@ -47,8 +46,7 @@ def dropout_scores(problem: AttentionProblem, operands: Operands) -> Tensor:
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / block) * batch_size * q.shape[-2]
-    constants, options = tile_constants(problem, ForwardConfig(block, block, 4, 1))
-    constants = {"PAGES": pages_of_block(operands, block)} | constants
+    constants, options = forward_constants(problem, operands, ForwardConfig(block, block, 4, 1))
     kinds = (
         arguments.Tensor,
         arguments.Tensor,

@@ -155,3 +155,11 @@ def tile_constants(
         "STAGES": config.num_stages,
     }
     return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def forward_constants(
+    problem: AttentionProblem, operands: Operands, config: ForwardConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`tile_constants` of a kernel whose keys may be paged."""
+    constants, options = tile_constants(problem, config)
+    return {"PAGES": pages_of_block(operands, config.block_n)} | constants, options

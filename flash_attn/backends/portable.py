@@ -18,9 +18,9 @@ from flash_attn.backends.dropout_scores import dropout_scores
 from flash_attn.backends.fixed_arguments import (
     empty_results,
     fixed_arguments,
+    forward_constants,
     optional_tensors,
     page_numbers,
-    pages_of_block,
     statistic_strides,
     strides,
     tile_constants,
@@ -186,9 +186,13 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         arguments.Score,
         arguments.Dropout,
     )
-    constants, options = tile_constants(problem, config)
-    constants = {"PAGES": pages_of_block(operands, config.block_n)} | constants
-    return Launcher(attn_fwd_kernel, num_programs if q.numel() else 0, build, kinds, constants, options)
+    return Launcher(
+        attn_fwd_kernel,
+        num_programs if q.numel() else 0,
+        build,
+        kinds,
+        *forward_constants(problem, operands, config),
+    )
 
 
 def bind_backward(

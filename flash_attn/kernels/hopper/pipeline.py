@@ -140,7 +140,7 @@ def copied_columns(buffer, descriptor, copy):
     """The part of a tile that one of its copies fills or reads. A swizzled tile lies in shared memory column by column of 128
     bytes, so that a part of so many columns is a tile itself."""
     SHAPE: gl.constexpr = descriptor.block_type.shape
-    COPIES: gl.constexpr = buffer.shape[-1] // SHAPE[-1]
+    COPIES: gl.constexpr = num_copies(descriptor, buffer.shape[-1])
     if COPIES > 1:
         buffer = reinterpret(buffer, buffer.dtype, [COPIES] + SHAPE, descriptor.layout).index(copy)
     return buffer
