@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn.errors import InvalidArgument
+from flash_attn.tiling import copied_in_tiles, evenly_spaced
 
 MAX_HEADDIM = 256
 DTYPES = {
@@ -44,9 +45,10 @@ class AttentionProblem(NamedTuple):
     seqused_k: bool = False
     leftpad_k: bool = False
     deterministic: bool = False
-    aligned: bool = False  # see `copied_in_tiles`
+    aligned: bool = False  # `tiling.copied_in_tiles`, and in a cache or in pages `tiling.evenly_spaced`
     sinks: bool = False  # of a forward: gradients follow from softmax_lse, which contains them
     lse_gradient: bool = False  # of a backward: whether softmax_lse has a gradient, too
+    page_size: int = 0  # tokens of a page, where a block table has the keys
 
     @property
     def causal(self) -> bool:
@@ -127,8 +129,7 @@ def describe(
     """
     varlen = cu_seqlens_q is not None
     check_operands(q, k, v, 3 if varlen else 4, direction)
-    nheads, headdim = q.shape[-2], q.shape[-1]
-    nheads_k = k.shape[-2]
+    nheads, nheads_k, headdim = q.shape[-2], k.shape[-2], q.shape[-1]
     if cu_seqlens_q is not None:
         batch_size, seqlen_q, seqlen_k = _check_varlen(
             q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table
@@ -158,18 +159,11 @@ def describe(
         seqused_k=seqused_k is not None,
         leftpad_k=leftpad_k is not None,
         deterministic=deterministic,
-        aligned=copied_in_tiles(q) and copied_in_tiles(k) and copied_in_tiles(v),
+        aligned=all(map(copied_in_tiles, (q, k, v))) and (block_table is None or all(map(evenly_spaced, (k, v)))),
         sinks=sinks is not None,
+        page_size=0 if block_table is None else k.shape[1],
     )
     return problem, seqlen_q, seqlen_k
-
-
-def copied_in_tiles(x: Tensor) -> bool:
-    """Whether hardware that copies tiles can read x: rows, strides and address multiples of 16 bytes, no repeated elements."""
-    if x.numel() == 0 or x.data_ptr() % 16 or x.shape[-1] * x.element_size() % 16:
-        return False
-    sizes = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return all(size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0) for size, stride in sizes)
 
 
 def check_gradients(

@@ -21,6 +21,7 @@ from flash_attn.problem import (
     check_numbers,
     check_operands,
 )
+from flash_attn.tiling import copied_in_tiles, evenly_spaced
 
 MAX_SPLITS = 128
 ROTARY_MULTIPLE = 16
@@ -92,7 +93,9 @@ def describe_cache(
         alibi=tensors.alibi_slopes is not None,
         seqused_k=tensors.cache_seqlens is not None or given_seqlens,
         leftpad_k=tensors.cache_leftpad is not None,
+        aligned=all(copied_in_tiles(x) and evenly_spaced(x) for x in (q, k_cache, v_cache)),
         sinks=tensors.sinks is not None,
+        page_size=0 if tensors.block_table is None else k_cache.shape[1],
     )
     return problem, seqlen_q, capacity
 

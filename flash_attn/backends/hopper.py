@@ -12,11 +12,17 @@ from flash_attn import hardware as devices
 from flash_attn.backends import tensor_maps
 from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
 from flash_attn.backends.dropout_scores import dropout_scores
-from flash_attn.backends.fixed_arguments import empty_results, fixed_arguments, optional_tensors, statistic_strides
+from flash_attn.backends.fixed_arguments import (
+    empty_results,
+    fixed_arguments,
+    optional_tensors,
+    page_numbers,
+    statistic_strides,
+)
 from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
-from flash_attn.launch.decode import few_queries
+from flash_attn.launch.decode import few_queries, keys_per_split
 from flash_attn.launch.hopper import CONSUMER_ROWS, copy_columns, head_dim_pad, hopper_forward_config, product_width
 from flash_attn.problem import AttentionProblem
 
@@ -31,16 +37,24 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
         return f"written for Hopper (sm_90) with its TMA and wgmma; this is {hardware.arch or hardware.kind}"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"computes fp16 and bf16, not {problem.dtype}"
-    if problem.layout == "paged":
-        return "reads keys through tensor maps, which cannot follow a block table"
-    if problem.layout in ("cache", "paged_cache"):
-        return "has no kernels that write a cache"
     if not problem.aligned:
         return (
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "
-            "elements, and the head dim a multiple of 8"
+            "elements, the head dim a multiple of 8, and the tokens of a cache or of pages evenly spaced"
         )
-    return _unknown_release()
+    return _blocks_across_pages(problem) or _unknown_release()
+
+
+def _blocks_across_pages(problem: AttentionProblem) -> str | None:
+    """Why a block of keys would not lie in one page, or None."""
+    if problem.page_size == 0:
+        return None
+    if problem.leftpad_k:
+        return "copies blocks of keys from one page each, which a left padding shifts across two"
+    block_n = hopper_forward_config(problem).block_n
+    if problem.page_size % block_n:
+        return f"copies {block_n} keys at once, which must lie in one page, not in pages of {problem.page_size} tokens"
+    return None
 
 
 def left_to_others(problem: AttentionProblem) -> str | None:
@@ -86,7 +100,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
         launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
     with device_guard(q.device):
         optional, counter = optional_tensors(operands), tile_counter(q.device)
-        launch(q, operands.k, operands.v, out, softmax_lse, *optional, counter, operands.sinks)
+        launch(q, operands.k, operands.v, out, softmax_lse, *optional, counter, operands.sinks, operands.block_table)
         scores = dropout_scores(problem, operands) if return_scores else None
     return ForwardResult(out, softmax_lse, scores)
 
@@ -100,6 +114,8 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
+    if operands.block_table is not None:
+        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     delta = torch.empty_like(softmax_lse)
     memo = {} if operands.memo is None else operands.memo
     launch = memo.get("backward")
@@ -116,8 +132,12 @@ def backward(
 def attend_cache(
     problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
 ) -> ForwardResult:
-    """Not computed here; `unsupported` refuses caches."""
-    raise UnsupportedProblem(f"backend {name!r} serves no cache", {name: "has no kernels that write a cache"})
+    """As `portable.attend_cache`, with the forward kernel of this backend; where batch invariance was asked for with the
+    portable one, because a batch's size decides which backend runs."""
+    from flash_attn.backends import portable, portable_cache
+
+    many_queries = forward if keys_per_split() is None else portable.launch_forward
+    return portable_cache.attend_cache(problem, operands, append, num_splits, many_queries)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -151,11 +171,15 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     num_m = math.ceil(operands.max_seqlen_q / (config.consumers * CONSUMER_ROWS))
     heads = fixed.batch_size * nheads
     num_tiles = num_m * heads
+    packed = problem.layout != "dense"
     q_map, k_map, v_map, out_map = (
-        tensor_maps.hopper(x, rows, copy_columns(problem.headdim))
+        tensor_maps.hopper(x.flatten(0, -3) if packed else x, rows, copy_columns(problem.headdim))
         for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
     )
     lse_strides = statistic_strides(softmax_lse)
+    if packed and q.dim() == 4:  # rows are counted from the first one of the batch
+        lse_strides = (lse_strides[0] - q.shape[1], *lse_strides[1:])
+    pages, appended = page_numbers(operands), operands.appended or None
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -164,7 +188,8 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             v_map(p[2]),
             out_map(p[3]),
             (p[4], *lse_strides),
-            (p[5], p[6], p[7], p[8], None),
+            (p[5], p[6], p[7], p[8], appended),
+            None if p[13] is None else (p[13], *pages),
             (fixed.scale, fixed.softcap, p[9], *fixed.forward_score, p[12]),
             (p[10], *fixed.dropout),
             p[11],
@@ -187,5 +212,5 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "Q_IN_REGISTERS": config.q_in_registers,
     }
     num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0
-    kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Pages, arguments.Score, arguments.Dropout)
     return Launcher(attn_fwd_kernel, num_programs, build, kinds, constants, {"num_warps": 4})

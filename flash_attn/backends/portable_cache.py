@@ -4,7 +4,7 @@ As in `portable`, a launch is bound once for its shapes and reused. Grids and sp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,16 +59,20 @@ class Decode(NamedTuple):
 
 
 def attend_cache(
-    problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
+    problem: AttentionProblem,
+    operands: Operands,
+    append: Append | None,
+    num_splits: int,
+    many_queries: Callable[[AttentionProblem, Operands], ForwardResult] = portable.launch_forward,
 ) -> ForwardResult:
-    """See `portable.attend_cache`."""
+    """See `portable.attend_cache`; `many_queries` is what attends where the decode kernel does not suit."""
     memo = {} if operands.memo is None else operands.memo
     q = operands.q if append is None else append_tokens(operands, append, memo)
     if "decode" not in memo:
         memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
     plan = memo["decode"]
     if plan is None:
-        return portable.launch_forward(problem, operands._replace(q=q))
+        return many_queries(problem, operands._replace(q=q))
     return decode(q, operands, plan)
 
 

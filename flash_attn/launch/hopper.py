@@ -117,6 +117,8 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
     config = {64: _tile_of_64, 128: _tile_of_128, 256: _tile_of_256}[pad](problem)
+    if problem.page_size % config.block_n:
+        config = {64: TWO_SKIPPING_Q, 128: TWO_SKIPPING, 256: config}[pad]
     return config if problem.causal else config._replace(tiles_together=1)
 
 

@@ -37,6 +37,7 @@ from flash_attn.launch.hopper import (  # noqa: E402
     hopper_forward_config,
 )
 from flash_attn.problem import AttentionProblem, describe  # noqa: E402
+from flash_attn.problem_kvcache import CacheTensors, describe_cache  # noqa: E402
 from tests.compile.budgets import HOPPER_BUDGETED, hopper_budget  # noqa: E402
 from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for  # noqa: E402
 
@@ -48,6 +49,7 @@ pytestmark = [
 ARCHITECTURE = ARCHITECTURES["sm_90"]
 NHEADS = 8
 LONG = 2 * MEDIUM_CAUSAL
+PAGE = 256  # tokens
 
 # What a call asks for besides the mask; each entry is a set of features that compile together.
 FEATURES = {
@@ -64,6 +66,10 @@ FEATURES = {
     "leftpad_k": ("varlen", "leftpad_k"),
     "sinks": ("sinks", "gqa"),
     "dropout": ("dropout",),
+    "pages": ("varlen", "gqa", "pages"),
+    "cache": ("cache", "gqa", "seqused_k"),
+    "cache_pages": ("cache", "gqa", "seqused_k", "pages"),
+    "cache_index": ("cache", "leftpad_k", "index"),
     "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks", "dropout"),
 }
 
@@ -107,8 +113,9 @@ def variants() -> list[Variant]:
         Variant(64, True, "wide"),
         Variant(64, False, "softcap"),
     ]
+    paged = [Variant(headdim, causal, "cache_pages", seqlen=seqlen) for headdim, causal, seqlen in rows[::3]]
     dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
-    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *dropped]))
+    return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *paged, *dropped]))
 
 
 def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem, Operands]:
@@ -118,7 +125,10 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
     packed = "varlen" in features
     tokens = (batch_size * variant.seqlen,) if packed else (batch_size, variant.seqlen)
     q = _meta(*tokens, NHEADS, variant.headdim, dtype=dtype)
-    k, v = (_meta(*tokens, nheads_k, variant.headdim, dtype=dtype) for _ in range(2))
+    pages = variant.seqlen // PAGE
+    places = (batch_size * pages, PAGE) if "pages" in features else tokens
+    k, v = (_meta(*places, nheads_k, variant.headdim, dtype=dtype) for _ in range(2))
+    table = _meta(batch_size, 1 if "index" in features else pages, dtype=torch.int32)
     cu_seqlens = _meta(batch_size + 1, dtype=torch.int32) if packed else None
     optional = {
         "alibi_slopes": _meta(NHEADS) if "alibi" in features else None,
@@ -127,18 +137,33 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
         "seqused_k": _meta(batch_size, dtype=torch.int32) if "seqused_k" in features else None,
         "leftpad_k": _meta(batch_size, dtype=torch.int32) if "leftpad_k" in features else None,
     }
+    if "pages" in features or "index" in features:
+        optional["block_table"] = table
     left, right = (1000 if side in features else -1 for side in ("left", "right"))
     left = {"narrow": 64, "wide": 2000}.get(variant.feature, left)
     dropout_p = 0.1 if "dropout" in features else 0.0
     softcap = 30.0 if "softcap" in features else 0.0
     longest = dict(max_seqlen_q=variant.seqlen, max_seqlen_k=variant.seqlen)
     sinks = _meta(NHEADS, dtype=dtype) if "sinks" in features else None
+    if "cache" in features:
+        return _cache_operands(variant, q, k, v, optional)
     problem, *lengths = describe(
         q, k, v, dropout_p, 0.1, variant.causal, left, right, softcap, **optional, **longest, sinks=sinks
     )
     if dropout_p > 0.0:
         optional["rng_state"] = _meta(2, dtype=torch.int64)
     return problem, Operands(q, k, v, 0.1, *lengths, problem.window, softcap, dropout_p, **optional, sinks=sinks)
+
+
+def _cache_operands(variant, q, k, v, optional) -> tuple[AttentionProblem, Operands]:
+    """Over a cache, with as many new tokens as queries."""
+    names = dict(cache_seqlens="seqused_k", cache_leftpad="leftpad_k")
+    tensors = {name: optional.get(source) for name, source in names.items()}
+    paged = variant.feature == "cache_pages"
+    tensors["block_table"] = optional["block_table"] if paged else None
+    problem, *lengths = describe_cache(q, k, v, CacheTensors(**tensors), 0.1, variant.causal, -1, -1, 0.0, 0)
+    words = optional | dict(appended=q.shape[1])
+    return problem, Operands(q, k, v, 0.1, *lengths, problem.window, **words)
 
 
 def compile_forward(*calls: tuple[AttentionProblem, Operands], cache_dir) -> list[Launch]:

@@ -133,8 +133,11 @@ def test_the_problem_of_a_cache():
     problem, seqlen_q, room = describe_cache(q, cache, cache, tensors, 0.1, True, 30, -1, 0.0, 0)
     assert (seqlen_q, room) == (1, 100)
     assert problem == AttentionProblem(
-        "cache", "float32", 4, 1, 128, 8, 2, 64, (30, None), seqused_k=True, leftpad_k=True
+        "cache", "float32", 4, 1, 128, 8, 2, 64, (30, None), seqused_k=True, leftpad_k=True, aligned=True
     )
     table = torch.zeros(3, 7, dtype=torch.int32)
     problem, _, room = describe_cache(q, cache, cache, CacheTensors(block_table=table), 0.1, False, -1, -1, 5.0, 128)
     assert (problem.layout, problem.seqused_k, problem.softcap, room) == ("paged_cache", False, True, 700)
+    assert (problem.page_size, problem.aligned) == (100, True)
+    strided = torch.zeros(100, 5, 2, 64).transpose(0, 1)
+    assert not describe_cache(q, strided, cache, CacheTensors(block_table=table), 0.1, False, -1, -1, 0.0, 0)[0].aligned

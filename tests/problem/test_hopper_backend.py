@@ -72,9 +72,14 @@ def nothing_requested(monkeypatch):
 REFUSALS = [
     (HOPPER, dict(dtype="float32"), "computes fp16 and bf16, not float32"),
     (HOPPER, dict(dtype="float64"), "computes fp16 and bf16, not float64"),
-    (HOPPER, dict(layout="paged"), "cannot follow a block table"),
-    (HOPPER, dict(layout="cache"), "no kernels that write a cache"),
-    (HOPPER, dict(layout="paged_cache"), "no kernels that write a cache"),
+    (
+        HOPPER,
+        dict(layout="paged", page_size=16),
+        "64 keys at once, which must lie in one page, not in pages of 16 tokens",
+    ),
+    (HOPPER, dict(layout="paged_cache", page_size=96, headdim=256), "64 keys at once"),
+    (HOPPER, dict(layout="paged_cache", page_size=128, leftpad_k=True), "which a left padding shifts across two"),
+    (HOPPER, dict(layout="cache", aligned=False), "tokens of a cache or of pages evenly spaced"),
     (HOPPER, dict(aligned=False), "multiples of 16 bytes"),
     (BLACKWELL, {}, "written for Hopper (sm_90) with its TMA and wgmma; this is sm_100"),
     (CDNA, {}, "this is gfx942"),
@@ -189,13 +194,23 @@ def test_small_is_a_matter_of_work():
 
 
 @needs_gluon
-def test_it_computes_gradients_and_serves_no_cache():
+def test_it_computes_gradients():
     verdicts = explain(problem(), HOPPER)
     assert (verdicts["hopper"], verdicts["portable"]) == ("runs it", "could run it")
     for requested in (None, "hopper"):
         assert backends.choose_backward_backend(problem(), HOPPER, requested).name == "hopper"
-    with pytest.raises(UnsupportedProblem, match="serves no cache"):
-        hopper.attend_cache(*[None] * 4)
+
+
+@needs_gluon
+@pytest.mark.parametrize("layout, page_size", [("cache", 0), ("paged_cache", 64), ("paged_cache", 256), ("paged", 192)])
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+def test_it_serves_many_queries_of_caches_and_pages(headdim, layout, page_size):
+    """Few are left to the decode kernel. No block of keys lies in two pages."""
+    many = problem(layout=layout, page_size=page_size, headdim=headdim, leftpad_k=layout == "cache")
+    assert explain(many, HOPPER)["hopper"] == "runs it"
+    assert page_size % hopper_forward_config(many).block_n == 0
+    few = explain(many._replace(seqlen_q=1), HOPPER)
+    assert few["portable"] == "runs it" and "splits no keys" in few["hopper"]
 
 
 def operand(layout, dtype=BF16, headdim=64, seqlen=8, heads=4):
@@ -389,7 +404,7 @@ def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monke
     given, *_ = describe(q, q, q, 0.0, 1.0, causal, -1, -1, 0.0)
     operands = Operands(q, q, q, 1.0, length, length, given.window, memo={})
     launcher = hopper.bind_forward(given, operands, q, torch.empty(2, 480, length, device="meta"))
-    num_tiles, num_m, heads_together = launcher.build([0] * 13)[9:12]
+    num_tiles, num_m, heads_together = launcher.build([0] * 13 + [None])[10:13]
     assert num_tiles == 960 * num_m
     assert heads_together == (max(1, 2 * PROGRAMS // num_m) if causal else 1)
     assert heads_together * num_m <= max(2 * PROGRAMS, num_m)

@@ -135,7 +135,7 @@ def load_partition(prog):
             # With what was announced ptxas orders the first consumer's loop for the worse: 4 to 6 % at head dim 64 and 4k or
             # 16k causal tokens. H200, 2026-11-30
             n_block, head_k, batch = tile_at(index, prog.work, prog.window)
-            span = tile_span(batch, prog.sequences, prog.work)
+            span = tile_span(batch, prog.sequences, prog.work, prog.PACKED)
             begin, end = tile_blocks(n_block, span, prog.work, prog.window, BLOCK_N, prog.BLOCK_M)
         else:
             n_block, head_k, batch, begin, end = announced_tile(prog, t_place.index)

@@ -60,6 +60,7 @@ from flash_attn.kernels.hopper.pipeline import (
     give_turn,
     gl,
     gluon,
+    is_ragged,
     matrix,
     mbarrier,
     partial_layout,
@@ -329,15 +330,17 @@ SIZES = [
 
 @gluon.jit(do_not_specialize=SIZES)
 def attn_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, score, dropout, counter,
+    q_desc, k_desc, v_desc, o_desc, softmax_lse, sequences, pages, score, dropout, counter,
     num_tiles, num_blocks, heads_together, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group,
     HEAD_DIM_PAD: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, PING_PONG: gl.constexpr, DRAW_AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    PACKED: gl.constexpr = sequences.cu_seqlens_q is not None
+    PACKED: gl.constexpr = is_ragged(q_desc)
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
-    work = Work(counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k)
+    work = Work(
+        counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, pages=pages
+    )
     window = Window(window_left, window_right)
     q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
     k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)

@@ -129,6 +129,12 @@ def row_coordinates(span_start, seqlen, first, batch, head, column, PACKED: gl.c
 
 
 @gluon.constexpr_function
+def is_ragged(descriptor):
+    """Whether a tensor map is one of packed tokens, see `row_coordinates`."""
+    return len(descriptor.block_type.shape) == 5
+
+
+@gluon.constexpr_function
 def num_copies(descriptor, width):
     """Copies of a tile: one, or one for each box of a tensor map that has some of the tile's first `width` columns."""
     columns = descriptor.block_type.shape[-1]

@@ -31,6 +31,7 @@ class Work(NamedTuple):
     by_keys: Any = None  # 1 when tiles are key blocks
     in_order: Any = None  # 1 when a tile may wait for one with a lower number
     ahead: Any = None  # 1 when a program draws its next tile at the beginning of the present one
+    pages: Any = None  # Pages, where keys are paged
 
 
 @gluon.jit
@@ -114,8 +115,17 @@ def tile_at(index, work, window):
 
 
 @gluon.jit
-def tile_span(batch, sequences, work):
-    return load_span(sequences, False, batch, work.seqlen_q, work.seqlen_k, work.total_q, work.total_k)
+def tile_span(batch, sequences, work, PACKED: gl.constexpr):
+    """One sequence, as the operands' tensor maps have it: in those of packed tokens the sequences of a cache, and its queries,
+    begin `total_k` and `total_q` apart."""
+    paged: gl.constexpr = work.pages is not None
+    span = load_span(sequences, paged, batch, work.seqlen_q, work.seqlen_k, work.total_q, work.total_k)
+    if PACKED and sequences.cu_seqlens_q is None:
+        start_k = span.start_k
+        if not paged:
+            start_k += batch * work.total_k
+        span = Span(span.start_q + batch * work.total_q, start_k, span.seqlen_q, span.seqlen_k)
+    return span
 
 
 @gluon.jit
@@ -173,18 +183,18 @@ def tile_blocks(block, span, work, window, TILE: gl.constexpr, STEP: gl.constexp
 
 
 @gluon.jit
-def next_tile(index, sequences, work, window, TILE: gl.constexpr):
+def next_tile(index, sequences, work, window, PACKED: gl.constexpr, TILE: gl.constexpr):
     """(number, block, head, batch, span) of the first tile from `index` on that has rows, drawing from the counter; block -1
     when there is none."""
     if sequences.cu_seqlens_q is None:
         block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
-        span = tile_span(batch, sequences, work)
+        span = tile_span(batch, sequences, work, PACKED)
     else:
         block, head, batch, span = index, index, index, Span(index, index, index, index)
         searching = index >= 0
         while searching:
             block, head, batch = tile_at(gl.minimum(index, work.num_tiles - 1), work, window)
-            span = tile_span(batch, sequences, work)
+            span = tile_span(batch, sequences, work, PACKED)
             length = span.seqlen_q if work.by_keys is None else span.seqlen_k
             searching = (index < work.num_tiles) & (block * TILE >= length)
             if searching:
@@ -196,7 +206,7 @@ def next_tile(index, sequences, work, window, TILE: gl.constexpr):
 def announce_next(prog, place, index, TILE: gl.constexpr, STEP: gl.constexpr):
     """Hand the first tile from `index` on that has rows to all partitions, decoded, block -1 for none; returns its number."""
     tiles, work, window = prog.tiles, prog.work, prog.window
-    index, block, head, batch, span = next_tile(index, prog.sequences, work, window, TILE)
+    index, block, head, batch, span = next_tile(index, prog.sequences, work, window, prog.PACKED, TILE)
     begin, end = tile_blocks(block, span, work, window, TILE, STEP)
     mbarrier.wait(tiles.empty.index(place.index), place.phase)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
