@@ -63,8 +63,16 @@ def left_to_others(problem: AttentionProblem) -> str | None:
         return f"has run on a GPU with Triton {GLUON_RELEASES[0]} only; this is {_release()}"
     if few_queries(problem):
         return "splits no keys, which so few queries need"
+    if problem.layout in ("cache", "paged_cache", "paged") and _mostly_empty(problem):
+        return f"has tiles of {2 * CONSUMER_ROWS} queries at least, of which so few would leave most of each empty"
     work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
     return "tensor maps cost the host 20 us, too much for a problem so small" if work < WORTHWHILE else None
+
+
+def _mostly_empty(problem: AttentionProblem) -> bool:
+    """Whether the queries would fill no more than half of a tile, and the portable kernel's tiles are as fast then: at head dim
+    256 they are not (H200, 2026-12-01)."""
+    return problem.seqlen_q <= CONSUMER_ROWS and head_dim_pad(problem.headdim) < 256
 
 
 def _unknown_release() -> str | None:
@@ -134,10 +142,11 @@ def attend_cache(
 ) -> ForwardResult:
     """As `portable.attend_cache`, with the forward kernel of this backend; where batch invariance was asked for with the
     portable one, because a batch's size decides which backend runs."""
-    from flash_attn.backends import portable, portable_cache
+    from flash_attn.backends import portable_cache
 
-    many_queries = forward if keys_per_split() is None else portable.launch_forward
-    return portable_cache.attend_cache(problem, operands, append, num_splits, many_queries)
+    own = portable_cache.ForwardKernel(forward, num_tiles)
+    kernel = own if keys_per_split() is None else portable_cache.PORTABLE
+    return portable_cache.attend_cache(problem, operands, append, num_splits, kernel)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -158,6 +167,12 @@ def tile_counter(device: torch.device) -> Tensor:
     return counter
 
 
+def num_tiles(problem: AttentionProblem, operands: Operands) -> int:
+    """Of a forward whose sequences are all as long as the longest."""
+    rows = hopper_forward_config(problem).consumers * CONSUMER_ROWS
+    return math.ceil(operands.max_seqlen_q / rows) * fixed_arguments(operands).batch_size * operands.q.shape[-2]
+
+
 def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
     """The forward launch for tensors like these."""
     from flash_attn.kernels.algebra import arguments
@@ -167,10 +182,8 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     config = hopper_forward_config(problem)
     pad = head_dim_pad(problem.headdim)
     fixed = fixed_arguments(operands)
-    nheads = q.shape[-2]
-    num_m = math.ceil(operands.max_seqlen_q / (config.consumers * CONSUMER_ROWS))
-    heads = fixed.batch_size * nheads
-    num_tiles = num_m * heads
+    heads, tiles = fixed.batch_size * q.shape[-2], num_tiles(problem, operands)
+    num_m = tiles // max(1, heads)
     packed = problem.layout != "dense"
     q_map, k_map, v_map, out_map = (
         tensor_maps.hopper(x.flatten(0, -3) if packed else x, rows, copy_columns(problem.headdim))
@@ -189,11 +202,11 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             out_map(p[3]),
             (p[4], *lse_strides),
             (p[5], p[6], p[7], p[8], appended),
-            None if p[13] is None else (p[13], *pages),
+            (p[13], *pages),
             (fixed.scale, fixed.softcap, p[9], *fixed.forward_score, p[12]),
             (p[10], *fixed.dropout),
             p[11],
-            num_tiles,
+            tiles,
             num_m,
             min(heads, max(1, config.tiles_together // max(1, num_m))),
             *fixed.lengths,
@@ -211,6 +224,6 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "REGISTERS": config.registers,
         "Q_IN_REGISTERS": config.q_in_registers,
     }
-    num_programs = min(num_tiles, devices.of(q.device).num_sms) if q.numel() else 0
+    num_programs = min(tiles, devices.of(q.device).num_sms) if q.numel() else 0
     kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Pages, arguments.Score, arguments.Dropout)
     return Launcher(attn_fwd_kernel, num_programs, build, kinds, constants, {"num_warps": 4})

@@ -42,6 +42,13 @@ from flash_attn.launch.rotary import power_of_two
 from flash_attn.problem import AttentionProblem
 
 
+class ForwardKernel(NamedTuple):
+    """What attends where there are more queries than the decode kernel suits."""
+
+    launch: Callable[[AttentionProblem, Operands], ForwardResult]
+    tiles: Callable[[AttentionProblem, Operands], float]  # in the time of one that an SM has to itself
+
+
 class Merge(NamedTuple):
     """The launch that merges the parts of a decode call, and templates of the parts."""
 
@@ -58,21 +65,33 @@ class Decode(NamedTuple):
     merge: Merge | None
 
 
+def portable_tiles(problem: AttentionProblem, operands: Operands) -> float:
+    """Of `portable.launch_forward`, which run side by side on an SM."""
+    batch_size, seqlen_q, nheads, _ = operands.q.shape
+    rows = forward_config(problem, portable.hardware_of(operands.q.device), False).block_m
+    return SIDE_BY_SIDE * math.ceil(seqlen_q / rows) * batch_size * nheads
+
+
+# of the time that a tile takes by itself, where an SM has two. H200, 64 queries, head dims 64 and 128, 2026-12-01
+SIDE_BY_SIDE = 0.7
+PORTABLE = ForwardKernel(portable.launch_forward, portable_tiles)
+
+
 def attend_cache(
     problem: AttentionProblem,
     operands: Operands,
     append: Append | None,
     num_splits: int,
-    many_queries: Callable[[AttentionProblem, Operands], ForwardResult] = portable.launch_forward,
+    forward: ForwardKernel = PORTABLE,
 ) -> ForwardResult:
-    """See `portable.attend_cache`; `many_queries` is what attends where the decode kernel does not suit."""
+    """See `portable.attend_cache`."""
     memo = {} if operands.memo is None else operands.memo
     q = operands.q if append is None else append_tokens(operands, append, memo)
     if "decode" not in memo:
-        memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits)
+        memo["decode"] = plan_decode(problem, operands._replace(q=q), num_splits, forward.tiles(problem, operands))
     plan = memo["decode"]
     if plan is None:
-        return many_queries(problem, operands._replace(q=q))
+        return forward.launch(problem, operands._replace(q=q))
     return decode(q, operands, plan)
 
 
@@ -153,17 +172,22 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
     return Launcher(kv_append_kernel, batch_size * blocks, build, kinds, constants, {"num_warps": 4}, early)
 
 
-def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode | None:
-    """The launches of the decode kernel, or None where the forward kernel suits the queries better."""
+def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int, forward_tiles: float) -> Decode | None:
+    """The launches of the decode kernel, or None where a forward kernel with so many tiles suits the queries better."""
     hardware = portable.hardware_of(operands.q.device)
-    batch_size, seqlen_q, nheads, _ = operands.q.shape
-    forward_rows = forward_config(problem, hardware, False).block_m
-    forward_programs = math.ceil(seqlen_q / forward_rows) * batch_size * nheads
+    packed_rows, num_tiles = operands.q.shape[1] * group_size(operands), decode_tiles(operands)
     if keys_per_split() is not None:
         num_splits = 0
-    if not prefers_decode(seqlen_q * group_size(operands), forward_programs, num_splits, hardware):
+    if not prefers_decode(problem, packed_rows, num_tiles, forward_tiles, num_splits, hardware):
         return None
     return share_out(problem, operands, num_splits)
+
+
+def decode_tiles(operands: Operands) -> int:
+    """Tiles of the decode kernel, each with all keys that its queries see."""
+    packed_rows = operands.max_seqlen_q * group_size(operands)
+    sequences = fixed_arguments(operands).batch_size
+    return math.ceil(packed_rows / block_m(packed_rows)) * sequences * operands.k.shape[-2]
 
 
 def group_size(operands: Operands) -> int:
@@ -174,11 +198,7 @@ def group_size(operands: Operands) -> int:
 def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode:
     """The launches for tensors like these; `num_splits` 0 leaves the choice."""
     hardware = portable.hardware_of(operands.q.device)
-    per_split = keys_per_split()
-    packed_rows = operands.max_seqlen_q * group_size(operands)
-    num_tiles = (
-        math.ceil(packed_rows / block_m(packed_rows)) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
-    )
+    per_split, num_tiles = keys_per_split(), decode_tiles(operands)
     config = decode_config(problem, num_tiles, operands.block_table is not None, hardware)
     gathered = operands.block_table is not None and pages_of_block(operands, config.block_n) is None
     num_blocks = math.ceil(visible_keys(operands) / config.block_n)

@@ -88,15 +88,25 @@ def keys_per_split() -> int | None:
     return pinned_config("keys_per_split")
 
 
-def prefers_decode(packed_rows: int, forward_programs: int, num_splits: int, hardware: Hardware) -> bool:
-    """Whether the decode kernel suits the queries: one tile holds them, or the forward kernel would leave SMs idle.
+def prefers_decode(
+    problem: AttentionProblem,
+    packed_rows: int,
+    num_tiles: int,
+    forward_tiles: float,
+    num_splits: int,
+    hardware: Hardware,
+) -> bool:
+    """Whether the decode kernel suits the queries: one tile holds them, or its `num_tiles`, spread over all SMs, are done
+    before the forward kernel's `forward_tiles`, each on one.
 
     Splits that were asked for need it. Batch invariance does not (a row's sums in the forward kernel know no other rows), but
-    needs a choice that no batch size changes.
+    needs a choice that no batch size changes. Time is in shares of an SM, as many as there are in that of a forward tile.
     """
     if packed_rows <= MAX_PACKED_ROWS or num_splits > 1:
         return True
-    return keys_per_split() is None and forward_programs < hardware.num_sms
+    spread = DECODE_TILE[head_dim_pad(problem.headdim)] * num_tiles
+    merge = hardware.num_sms * MERGE_KEYS / max(1, problem.seqlen_k)
+    return keys_per_split() is None and spread + merge < max(hardware.num_sms, forward_tiles)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,6 +128,11 @@ def split_count(num_programs: int, num_blocks: int, gathered: bool, hardware: Ha
 
 
 WIDE_TILE = 64 * 128
+
+# of `prefers_decode`: a tile of the decode kernel in tiles of the forward kernels, by head dim; the keys that one of those
+# works through while parts are merged. H200, 32 to 384 queries over 1k to 32k keys, 2026-12-01
+DECODE_TILE = {16: 0.9, 32: 0.9, 64: 0.9, 128: 1.8, 256: 2.1}
+MERGE_KEYS = 680
 
 # of `split_count`; H200, 2026-11-22
 STARTUP_BLOCKS = 2.0

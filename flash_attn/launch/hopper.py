@@ -149,11 +149,16 @@ def _longest(problem: AttentionProblem) -> int:
 
 
 def _tile_of_64(problem: AttentionProblem) -> HopperForwardConfig:
-    """The configuration for head dims up to 64: with two consumers where larger tiles are too few for all programs."""
+    """The configuration for head dims up to 64: with two consumers where larger tiles are too few for all programs, or the
+    queries too few for a larger tile."""
     config = _tile_for_many_rows(problem)
     small = TWO_SKIPPING_Q if problem.window[0] is not None else TWO_IN_TURN if problem.causal else TWO_CONSUMERS
-    few = config.consumers > small.consumers and _waves(problem, config.consumers) < FEW_WAVES
-    sooner = few and _duration(problem, small.consumers) < SOONER * _duration(problem, config.consumers)
+    few = _waves(problem, config.consumers) < FEW_WAVES or problem.seqlen_q <= small.consumers * CONSUMER_ROWS
+    sooner = (
+        config.consumers > small.consumers
+        and few
+        and _duration(problem, small.consumers) < SOONER * _duration(problem, config.consumers)
+    )
     return small if sooner else config
 
 

@@ -126,7 +126,8 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
     tokens = (batch_size * variant.seqlen,) if packed else (batch_size, variant.seqlen)
     q = _meta(*tokens, NHEADS, variant.headdim, dtype=dtype)
     pages = variant.seqlen // PAGE
-    places = (batch_size * pages, PAGE) if "pages" in features else tokens
+    rows = (batch_size + 1, variant.seqlen + 13) if "index" in features else tokens
+    places = (batch_size * pages, PAGE) if "pages" in features else rows
     k, v = (_meta(*places, nheads_k, variant.headdim, dtype=dtype) for _ in range(2))
     table = _meta(batch_size, 1 if "index" in features else pages, dtype=torch.int32)
     cu_seqlens = _meta(batch_size + 1, dtype=torch.int32) if packed else None
@@ -159,8 +160,10 @@ def _cache_operands(variant, q, k, v, optional) -> tuple[AttentionProblem, Opera
     """Over a cache, with as many new tokens as queries."""
     names = dict(cache_seqlens="seqused_k", cache_leftpad="leftpad_k")
     tensors = {name: optional.get(source) for name, source in names.items()}
-    paged = variant.feature == "cache_pages"
-    tensors["block_table"] = optional["block_table"] if paged else None
+    if "index" in FEATURES[variant.feature]:
+        tensors["cache_batch_idx"] = optional["block_table"][:, 0]
+    else:
+        tensors["block_table"] = optional.get("block_table")
     problem, *lengths = describe_cache(q, k, v, CacheTensors(**tensors), 0.1, variant.causal, -1, -1, 0.0, 0)
     words = optional | dict(appended=q.shape[1])
     return problem, Operands(q, k, v, 0.1, *lengths, problem.window, **words)

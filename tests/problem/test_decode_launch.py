@@ -56,13 +56,40 @@ def test_tiles_hold_a_group(rows, tile):
 
 
 def test_the_forward_kernel_takes_long_chunks():
-    assert prefers_decode(64, 10**6, 0, H200)
-    assert prefers_decode(4096, 131, 0, H200), "it would leave processors idle"
-    assert prefers_decode(4096, 10**6, 2, H200), "splits were asked for"
-    assert not prefers_decode(65, 132, 0, H200)
+    problem = AttentionProblem("cache", "bfloat16", 1, 128, 8192, 32, 8, 128)
+    assert prefers_decode(problem, 64, 10**6, 10**6, 0, H200)
+    assert prefers_decode(problem, 4096, 10**6, 1, 2, H200), "splits were asked for"
     with launch.pinned(keys_per_split=256):
-        assert prefers_decode(64, 10**6, 0, H200)
-        assert not prefers_decode(65, 1, 0, H200), "the batch would choose the kernel"
+        assert prefers_decode(problem, 64, 10**6, 1, 0, H200)
+        assert not prefers_decode(problem, 65, 1, 1000, 0, H200), "the batch would choose the kernel"
+
+
+# (head dim, queries, heads, key heads, keys, tiles of the decode kernel, of the forward kernel): us of the one, of the other
+MEASURED = {
+    (128, 128, 8, 8, 8192, 16, 8): (33, 104),
+    (128, 128, 32, 8, 8192, 64, 32): (94, 105),
+    (128, 256, 32, 8, 8192, 128, 64): (155, 106),
+    (128, 384, 32, 8, 8192, 192, 96): (273, 110),
+    (128, 128, 32, 8, 32768, 64, 32): (299, 378),
+    (128, 128, 32, 8, 1024, 64, 32): (35, 25),
+    (64, 128, 32, 8, 8192, 64, 32): (48, 85),
+    (64, 256, 32, 8, 8192, 128, 64): (72, 88),
+    (64, 384, 32, 8, 8192, 192, 96): (133, 89),
+    (64, 128, 32, 8, 1024, 64, 32): (22, 20),
+    (256, 128, 16, 16, 8192, 32, 16): (91, 173),
+    (256, 256, 32, 8, 8192, 128, 64): (315, 174),
+    (256, 128, 32, 8, 1024, 64, 32): (46, 33),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_a_few_tiles_of_queries_go_to_the_faster_kernel(case):
+    """On an H200, 2026-12-01, bf16, one causal sequence."""
+    headdim, seqlen_q, nheads, nheads_k, seqlen_k, decode_tiles, forward_tiles = case
+    problem = AttentionProblem("cache", "bfloat16", 1, seqlen_q, seqlen_k, nheads, nheads_k, headdim, (None, 0))
+    decode, forward = MEASURED[case]
+    rows = seqlen_q * nheads // nheads_k
+    assert prefers_decode(problem, rows, decode_tiles, forward_tiles, 0, H200) == (decode < forward)
 
 
 @pytest.mark.parametrize("headdim", [1, 8, 16, 32, 40, 64, 96, 128, 256])

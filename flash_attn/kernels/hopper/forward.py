@@ -94,6 +94,7 @@ class Program:
     o_buffers: Any  # one of each consumer; without OVERLAP those of q_ring
     sequences: Any
     work: Any
+    pages: Any
     window: Any
     score: Any
     dropout: Any
@@ -339,8 +340,9 @@ def attn_fwd_kernel(
     PACKED: gl.constexpr = is_ragged(q_desc)
     Q_STAGES: gl.constexpr = 2 if OVERLAP else 1
     work = Work(
-        counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k, pages=pages
-    )
+        counter, num_tiles, num_blocks, heads_together, nheads, group, seqlen_q, seqlen_k, total_q, total_k,
+        paged=None if pages.block_table is None else 1,
+    )  # fmt: skip
     window = Window(window_left, window_right)
     q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
     k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)
@@ -351,7 +353,7 @@ def attn_fwd_kernel(
     else:
         o_buffers = q_ring.buffers
     prog = Program(
-        o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, window, score, dropout,
+        o_desc, softmax_lse, tiles, q_ring, k_ring, v_ring, o_buffers, sequences, work, pages, window, score, dropout,
         HEAD_DIM_PAD, WIDTH, BLOCK_N, CONSUMERS, STAGES, OVERLAP, PING_PONG, DRAW_AHEAD, Q_IN_REGISTERS, PACKED,
     )  # fmt: skip
     if CONSUMERS == 2:

@@ -30,8 +30,8 @@ def place_keys(prog, batch, span, first):
 
     The run is the sequence; or what the block has of a page, none where the table names no page.
     """
-    pages = prog.work.pages
-    if pages is None:
+    pages = prog.pages
+    if pages.block_table is None:
         start, length = span.start_k, span.seqlen_k
     else:
         page, slot, valid = locate_keys(pages, batch, span.start_k + first, first < span.seqlen_k)

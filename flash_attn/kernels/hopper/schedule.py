@@ -31,7 +31,7 @@ class Work(NamedTuple):
     by_keys: Any = None  # 1 when tiles are key blocks
     in_order: Any = None  # 1 when a tile may wait for one with a lower number
     ahead: Any = None  # 1 when a program draws its next tile at the beginning of the present one
-    pages: Any = None  # Pages, where keys are paged
+    paged: Any = None  # 1 when a block table says where keys lie
 
 
 @gluon.jit
@@ -118,11 +118,11 @@ def tile_at(index, work, window):
 def tile_span(batch, sequences, work, PACKED: gl.constexpr):
     """One sequence, as the operands' tensor maps have it: in those of packed tokens the sequences of a cache, and its queries,
     begin `total_k` and `total_q` apart."""
-    paged: gl.constexpr = work.pages is not None
-    span = load_span(sequences, paged, batch, work.seqlen_q, work.seqlen_k, work.total_q, work.total_k)
+    PAGED: gl.constexpr = work.paged is not None
+    span = load_span(sequences, PAGED, batch, work.seqlen_q, work.seqlen_k, work.total_q, work.total_k)
     if PACKED and sequences.cu_seqlens_q is None:
         start_k = span.start_k
-        if not paged:
+        if not PAGED:
             start_k += batch * work.total_k
         span = Span(span.start_q + batch * work.total_q, start_k, span.seqlen_q, span.seqlen_k)
     return span
