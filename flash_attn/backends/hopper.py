@@ -23,7 +23,14 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries, keys_per_split
-from flash_attn.launch.hopper import CONSUMER_ROWS, copy_columns, head_dim_pad, hopper_forward_config, product_width
+from flash_attn.launch.hopper import (
+    CONSUMER_ROWS,
+    copy_columns,
+    copy_rows,
+    head_dim_pad,
+    hopper_forward_config,
+    product_width,
+)
 from flash_attn.problem import AttentionProblem
 
 name = "hopper"
@@ -42,18 +49,20 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
             "reads operands through tensor maps: addresses and strides must be multiples of 16 bytes, without repeated "
             "elements, the head dim a multiple of 8, and the tokens of a cache or of pages evenly spaced"
         )
-    return _blocks_across_pages(problem) or _unknown_release()
+    return _copies_across_pages(problem) or _unknown_release()
 
 
-def _blocks_across_pages(problem: AttentionProblem) -> str | None:
-    """Why a block of keys would not lie in one page, or None."""
+FEWEST_ROWS = 16  # keys of one copy
+
+
+def _copies_across_pages(problem: AttentionProblem) -> str | None:
+    """Why copies of keys would not lie in one page each, or None."""
     if problem.page_size == 0:
         return None
     if problem.leftpad_k:
-        return "copies blocks of keys from one page each, which a left padding shifts across two"
-    block_n = hopper_forward_config(problem).block_n
-    if problem.page_size % block_n:
-        return f"copies {block_n} keys at once, which must lie in one page, not in pages of {problem.page_size} tokens"
+        return "copies keys from one page at a time, where a left padding shifts blocks against pages"
+    if problem.page_size % FEWEST_ROWS:
+        return f"copies {FEWEST_ROWS} keys of a page at once or more, of which pages of {problem.page_size} are no multiple"
     return None
 
 
@@ -185,9 +194,16 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     heads, tiles = fixed.batch_size * q.shape[-2], num_tiles(problem, operands)
     num_m = tiles // max(1, heads)
     packed = problem.layout != "dense"
-    q_map, k_map, v_map, out_map = (
-        tensor_maps.hopper(x.flatten(0, -3) if packed else x, rows, copy_columns(problem.headdim))
-        for x, rows in ((q, CONSUMER_ROWS), (k, config.block_n), (v, config.block_n), (out, CONSUMER_ROWS))
+    one_page = operands.block_table is None or operands.block_table.shape[1] == 1
+    key_rows = config.block_n if one_page else copy_rows(k.shape[1], config.block_n)
+    q_map, out_map, k_map, v_map = (
+        tensor_maps.hopper(x.flatten(0, -3) if packed else x, rows, copy_columns(problem.headdim, parts))
+        for x, rows, parts in (
+            (q, CONSUMER_ROWS, False),
+            (out, CONSUMER_ROWS, False),
+            (k, key_rows, key_rows < config.block_n),
+            (v, key_rows, key_rows < config.block_n),
+        )
     )
     lse_strides = statistic_strides(softmax_lse)
     if packed and q.dim() == 4:  # rows are counted from the first one of the batch

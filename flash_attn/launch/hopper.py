@@ -98,14 +98,20 @@ def even_share(heads_together: int, heads: int) -> int:
     return heads if heads <= heads_together else max(candidates, key=evenness)
 
 
-def copy_columns(headdim: int) -> int:
-    """Columns of one copy of a tile: all, or 64 of them where the last 64 lie past the head dim and are not copied.
+def copy_columns(headdim: int, parts: bool = False) -> int:
+    """Columns of one copy of a tile, or of parts of its rows: all, or 64 of them where the last 64 lie past the head dim and
+    are not copied. Parts have 64, which lie in one piece in shared memory.
 
     Such a copy brings nothing but zeros, and yet slows the others: head dims 144 to 192 are 17 to 22 % slower where the memory
     of k and v is unlucky, a matter of physical addresses. H200, 2026-12-01
     """
     pad = head_dim_pad(headdim)
-    return 64 if headdim <= pad - 64 else pad
+    return 64 if parts or headdim <= pad - 64 else pad
+
+
+def copy_rows(page_size: int, block_n: int) -> int:
+    """Keys of one copy: a block, or as many as lie in one page of a block that has parts of several."""
+    return math.gcd(page_size, block_n)
 
 
 def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
@@ -117,8 +123,6 @@ def hopper_forward_config(problem: AttentionProblem) -> HopperForwardConfig:
 def _choose(problem: AttentionProblem) -> HopperForwardConfig:
     pad = head_dim_pad(problem.headdim)
     config = {64: _tile_of_64, 128: _tile_of_128, 256: _tile_of_256}[pad](problem)
-    if problem.page_size % config.block_n:
-        config = {64: TWO_SKIPPING_Q, 128: TWO_SKIPPING, 256: config}[pad]
     return config if problem.causal else config._replace(tiles_together=1)
 
 

@@ -49,7 +49,6 @@ pytestmark = [
 ARCHITECTURE = ARCHITECTURES["sm_90"]
 NHEADS = 8
 LONG = 2 * MEDIUM_CAUSAL
-PAGE = 256  # tokens
 
 # What a call asks for besides the mask; each entry is a set of features that compile together.
 FEATURES = {
@@ -69,6 +68,7 @@ FEATURES = {
     "pages": ("varlen", "gqa", "pages"),
     "cache": ("cache", "gqa", "seqused_k"),
     "cache_pages": ("cache", "gqa", "seqused_k", "pages"),
+    "cache_small_pages": ("cache", "gqa", "seqused_k", "pages", "small"),
     "cache_index": ("cache", "leftpad_k", "index"),
     "everything": ("varlen", "gqa", "left", "softcap", "alibi", "seqused_k", "leftpad_k", "sinks", "dropout"),
 }
@@ -114,6 +114,7 @@ def variants() -> list[Variant]:
         Variant(64, False, "softcap"),
     ]
     paged = [Variant(headdim, causal, "cache_pages", seqlen=seqlen) for headdim, causal, seqlen in rows[::3]]
+    paged += [Variant(headdim, True, "cache_small_pages") for headdim in (*FORWARD, 192)]
     dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *paged, *dropped]))
 
@@ -125,9 +126,10 @@ def operands_of(variant: Variant, batch_size: int = 2) -> tuple[AttentionProblem
     packed = "varlen" in features
     tokens = (batch_size * variant.seqlen,) if packed else (batch_size, variant.seqlen)
     q = _meta(*tokens, NHEADS, variant.headdim, dtype=dtype)
-    pages = variant.seqlen // PAGE
+    page = 16 if "small" in features else 256
+    pages = variant.seqlen // page
     rows = (batch_size + 1, variant.seqlen + 13) if "index" in features else tokens
-    places = (batch_size * pages, PAGE) if "pages" in features else rows
+    places = (batch_size * pages, page) if "pages" in features else rows
     k, v = (_meta(*places, nheads_k, variant.headdim, dtype=dtype) for _ in range(2))
     table = _meta(batch_size, 1 if "index" in features else pages, dtype=torch.int32)
     cu_seqlens = _meta(batch_size + 1, dtype=torch.int32) if packed else None

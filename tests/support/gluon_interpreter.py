@@ -160,16 +160,30 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> "Shared":
         return Shared(self.memory.view(*shape))
 
-    def by_columns(self, shape: Sequence[int]) -> "Shared":
-        """A swizzled tile as its groups of columns."""
-        groups, *_, columns = shape
-        return Shared(self.memory.unflatten(-1, (groups, columns)).movedim(-2, 0))
+    def boxes(self, shape: Sequence[int]) -> "Boxes":
+        """A swizzled tile as so many boxes: groups of columns, each row by row."""
+        count, *_, rows, _one, columns = shape
+        groups = self.memory.split(columns, -1)
+        boxes = [Shared(part) for group in groups for part in group.split(rows, -3)]
+        assert len(boxes) == count
+        return Boxes(boxes)
 
     def load(self, layout: Layout) -> Any:
         return self.memory.clone().as_subclass(Tile)
 
     def store(self, value: torch.Tensor) -> None:
         self.memory.copy_(value)
+
+
+class Boxes:
+    """Parts of a tile."""
+
+    def __init__(self, boxes: list[Shared]) -> None:
+        self.boxes = boxes
+
+    def index(self, i: int) -> Shared:
+        assert 0 <= i < len(self.boxes), f"box {i} of {len(self.boxes)}"
+        return self.boxes[i]
 
 
 class Barrier:
@@ -508,7 +522,7 @@ def replacements() -> Iterator[tuple[Any, dict[str, Any]]]:
         "warpgroup_mma_wait": lambda pending, deps: machine().await_products(pending, deps),
         "fence_async_shared": lambda: None,
         "start_load": lambda *arguments: machine().start_load(*arguments),
-        "reinterpret": lambda buffer, _dtype, shape, _layout: buffer.by_columns(shape),
+        "reinterpret": lambda buffer, _dtype, shape, _layout: buffer.boxes(shape),
         "start_store": lambda *arguments: machine().start_store(*arguments),
         "await_turn": lambda *arguments: machine().await_turn(*arguments),
         "give_turn": lambda *arguments: machine().give_turn(*arguments),

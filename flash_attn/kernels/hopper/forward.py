@@ -345,8 +345,8 @@ def attn_fwd_kernel(
     )  # fmt: skip
     window = Window(window_left, window_right)
     q_ring = allocate_ring(q_desc, HEAD_DIM_PAD, Q_STAGES * CONSUMERS, 1)
-    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)
-    v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, STAGES, CONSUMERS)
+    k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, STAGES, CONSUMERS, ROWS=BLOCK_N)
+    v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, STAGES, CONSUMERS, ROWS=BLOCK_N)
     tiles = allocate_tiles(CONSUMERS)
     if OVERLAP:
         o_buffers = allocate_buffers(o_desc, HEAD_DIM_PAD, CONSUMERS)

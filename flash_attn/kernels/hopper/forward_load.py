@@ -1,7 +1,19 @@
 """The loading warp of the Hopper forward: draws tiles, announces them, and keeps the rings of Q, K and V full."""
 
 from flash_attn.kernels.algebra.locate import locate_keys
-from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Place, advance, fill, fill_queries, gl, gluon
+from flash_attn.kernels.algebra.span import Span
+from flash_attn.kernels.hopper.pipeline import (
+    WARPGROUP_ROWS,
+    Place,
+    advance,
+    copy_rows,
+    expect_tile,
+    fill_keys,
+    fill_queries,
+    gl,
+    gluon,
+    num_parts_of_rows,
+)
 from flash_attn.kernels.hopper.schedule import (
     TILE_STAGES,
     announce_next,
@@ -25,20 +37,30 @@ def load_queries(prog, q_place, m_block, span, batch, head):
 
 
 @gluon.jit
-def place_keys(prog, batch, span, first):
-    """Where the block of keys `first`, first + 1, ... lies: (first token of a run, its length, the block's place in that run).
-
-    The run is the sequence; or what the block has of a page, none where the table names no page.
-    """
+def locate_rows(prog, batch, span, first, ROWS: gl.constexpr):
+    """(token that key `first` is, how many of it and the next ROWS - 1 there are), all in one page; none where the table names
+    no page."""
     pages = prog.pages
-    if pages.block_table is None:
-        start, length = span.start_k, span.seqlen_k
+    page, slot, valid = locate_keys(pages, batch, span.start_k + first, first < span.seqlen_k)
+    start = gl.where(valid, page * pages.page_size + slot, 0)
+    return start, gl.where(valid, gl.minimum(span.seqlen_k - first, ROWS), 0)
+
+
+@gluon.jit
+def fill_keys_or_pages(prog, ring, place, span, first, batch, head):
+    """`fill_keys`, from pages where there are some: a page's number is read before what it is needed for."""
+    if prog.pages.block_table is None:
+        fill_keys(prog, ring, place, span, first, batch, head)
     else:
-        page, slot, valid = locate_keys(pages, batch, span.start_k + first, first < span.seqlen_k)
-        start = gl.where(valid, page * pages.page_size + slot, 0)
-        length = gl.where(valid, gl.minimum(span.seqlen_k - first, prog.BLOCK_N), 0)
-        first = 0
-    return start, length, first
+        ROWS: gl.constexpr = ring.descriptor.block_type.shape[-3]
+        PARTS: gl.constexpr = num_parts_of_rows(ring)
+        start, length = locate_rows(prog, batch, span, first, ROWS)
+        expect_tile(prog, ring, place)
+        for part in range(PARTS):
+            this_start, this_length = start, length
+            if PARTS > 1:
+                start, length = locate_rows(prog, batch, span, first + (part + 1) * ROWS, ROWS)
+            copy_rows(prog, ring, place.index, part, this_start, this_length, 0, batch, head)
 
 
 @gluon.jit
@@ -55,13 +77,15 @@ def load_partition(prog):
         if prog.OVERLAP:
             q_place = load_queries(prog, q_place, m_block, span, batch, head)
         for n_block in range(end - 1, begin - 1, -1):
-            start, length, first = place_keys(prog, batch, span, n_block * prog.BLOCK_N)
-            fill(prog, prog.k_ring, k_place, start, length, first, batch, head_k)
+            first = n_block * prog.BLOCK_N
+            fill_keys_or_pages(prog, prog.k_ring, k_place, span, first, batch, head_k)
             k_place = advance(k_place, prog.STAGES)
             if value >= 0:
-                fill(prog, prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head)
+                value_span = Span(0, value_start, 0, value_length)
+                fill_keys_or_pages(prog, prog.v_ring, v_place, value_span, value, value_batch, value_head)
                 v_place = advance(v_place, prog.STAGES)
-            value, value_start, value_length, value_batch, value_head = first, start, length, batch, head_k
+            value, value_start, value_length = first, span.start_k, span.seqlen_k
+            value_batch, value_head = batch, head_k
             if not prog.OVERLAP:
                 if n_block == end - 1:  # out of the tile before leaves through the same buffer
                     q_place = load_queries(prog, q_place, m_block, span, batch, head)
@@ -69,5 +93,6 @@ def load_partition(prog):
                 t_place = advance(t_place, TILE_STAGES)
                 announce_next(prog, t_place, draw(prog.work), BLOCK_M, prog.BLOCK_N)
     if value >= 0:
-        fill(prog, prog.v_ring, v_place, value_start, value_length, value, value_batch, value_head)
+        value_span = Span(0, value_start, 0, value_length)
+        fill_keys_or_pages(prog, prog.v_ring, v_place, value_span, value, value_batch, value_head)
     clear_counter(prog.work)

@@ -57,23 +57,25 @@ class Ring:
 
 @gluon.jit
 def allocate_ring(
-    descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1
-):
+    descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1,
+    ROWS: gl.constexpr = None,
+):  # fmt: skip
     """A ring of DEPTH tiles for a tensor map, each filled by WRITERS arrivals and released by READERS."""
-    buffers = allocate_buffers(descriptor, COLUMNS, DEPTH)
+    buffers = allocate_buffers(descriptor, COLUMNS, DEPTH, ROWS)
     return Ring(buffers, allocate_barriers(DEPTH, WRITERS), allocate_barriers(DEPTH, READERS), descriptor)
 
 
 @gluon.jit
-def allocate_buffers(descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
-    """Room in shared memory for DEPTH tiles that are copied by a tensor map."""
-    SHAPE: gl.constexpr = _with_columns(descriptor.block_type.shape, COLUMNS)
+def allocate_buffers(descriptor, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr = None):
+    """Room in shared memory for DEPTH tiles that are copied by a tensor map; ROWS where one copy has fewer than a tile."""
+    SHAPE: gl.constexpr = _tile_shape(descriptor.block_type.shape, ROWS, COLUMNS)
     return gl.allocate_shared_memory(descriptor.dtype, [DEPTH] + SHAPE, descriptor.layout)
 
 
 @gluon.constexpr_function
-def _with_columns(shape, columns):
-    return [*shape[:-1], columns]
+def _tile_shape(box, rows, columns):
+    """Of (1, ..., rows, 1, columns) boxes."""
+    return [*box[:-3], box[-3] if rows is None else rows, 1, columns]
 
 
 @gluon.jit
@@ -141,29 +143,55 @@ def num_copies(descriptor, width):
     return (width + columns - 1) // columns
 
 
+@gluon.constexpr_function
+def num_boxes(descriptor, shape):
+    """Boxes of a tensor map that make up a tile of that shape, one above the other and side by side."""
+    box = descriptor.block_type.shape
+    return (shape[-3] // box[-3]) * (shape[-1] // box[-1])
+
+
 @gluon.jit
-def copied_columns(buffer, descriptor, copy):
+def copied_part(buffer, descriptor, copy):
     """The part of a tile that one of its copies fills or reads. A swizzled tile lies in shared memory column by column of 128
-    bytes, so that a part of so many columns is a tile itself."""
+    bytes and in each row by row, so that parts of so many columns are tiles themselves."""
     SHAPE: gl.constexpr = descriptor.block_type.shape
-    COPIES: gl.constexpr = num_copies(descriptor, buffer.shape[-1])
-    if COPIES > 1:
-        buffer = reinterpret(buffer, buffer.dtype, [COPIES] + SHAPE, descriptor.layout).index(copy)
+    BOXES: gl.constexpr = num_boxes(descriptor, buffer.shape)
+    if BOXES > 1:
+        buffer = reinterpret(buffer, buffer.dtype, [BOXES] + SHAPE, descriptor.layout).index(copy)
     return buffer
+
+
+@gluon.constexpr_function
+def num_parts_of_rows(ring):
+    """Parts of a tile of a ring that copies fill one above the other."""
+    return ring.buffers.shape[-3] // ring.descriptor.block_type.shape[-3]
+
+
+@gluon.jit
+def expect_tile(prog, ring, place):
+    """Wait until a slot is free, and have its barrier wait for a tile."""
+    descriptor = ring.descriptor
+    COPIES: gl.constexpr = num_copies(descriptor, prog.WIDTH) * num_parts_of_rows(ring)
+    mbarrier.wait(ring.empty.index(place.index), place.phase)
+    mbarrier.expect(ring.full.index(place.index), COPIES * descriptor.block_type.nbytes)
+
+
+@gluon.jit
+def copy_rows(prog, ring, slot, part, span_start, seqlen, first, batch, head):
+    """Start the copy of rows first, first + 1, ... of a sequence into a part of a slot's rows; rows outside are zero."""
+    descriptor, buffer = ring.descriptor, ring.buffers.index(slot)
+    for column in range(num_copies(descriptor, prog.WIDTH)):
+        first_column = column * descriptor.block_type.shape[-1]
+        coordinates = row_coordinates(span_start, seqlen, first, batch, head, first_column, prog.PACKED)
+        copied = copied_part(buffer, descriptor, column * num_parts_of_rows(ring) + part)
+        start_load(descriptor, coordinates, ring.full.index(slot), copied)
 
 
 @gluon.jit
 def fill(prog, ring, place, span_start, seqlen, first, batch, head):
-    """Start the copy of rows first, first + 1, ... of a sequence into a slot, once that is free; rows outside are zero."""
-    descriptor = ring.descriptor
-    COPIES: gl.constexpr = num_copies(descriptor, prog.WIDTH)
-    mbarrier.wait(ring.empty.index(place.index), place.phase)
-    barrier, buffer = ring.full.index(place.index), ring.buffers.index(place.index)
-    mbarrier.expect(barrier, COPIES * descriptor.block_type.nbytes)
-    for copy in range(COPIES):
-        column = copy * descriptor.block_type.shape[-1]
-        coordinates = row_coordinates(span_start, seqlen, first, batch, head, column, prog.PACKED)
-        start_load(descriptor, coordinates, barrier, copied_columns(buffer, descriptor, copy))
+    """Start the copy of a tile of rows first, first + 1, ... of a sequence into a slot, once that is free."""
+    expect_tile(prog, ring, place)
+    copy_rows(prog, ring, place.index, 0, span_start, seqlen, first, batch, head)
 
 
 @gluon.jit
@@ -184,7 +212,7 @@ def store_tile(prog, descriptor, buffer, span_start, seqlen, first, batch, head)
     for copy in range(num_copies(descriptor, prog.WIDTH)):
         column = copy * descriptor.block_type.shape[-1]
         coordinates = row_coordinates(span_start, seqlen, first, batch, head, column, prog.PACKED)
-        start_store(descriptor, coordinates, copied_columns(buffer, descriptor, copy))
+        start_store(descriptor, coordinates, copied_part(buffer, descriptor, copy))
 
 
 @gluon.jit
