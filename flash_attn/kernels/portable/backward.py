@@ -6,6 +6,9 @@
     dkdv pass, one program per key block and key head:
         dv = sum of P^T dout,  dk = sum of dS^T q  over the query heads of the group and their query blocks
 
+Each pass is a launch, and the second reads the row statistics of the first. Small problems take both in one launch, whose dkdv
+programs compute the statistics themselves, since programs of a launch have no order.
+
 The dkdv pass works on transposed tiles (keys down, queries across), so that P^T and dS^T are left operands as they are.
 """
 
@@ -272,3 +275,28 @@ def attn_bwd_dkdv_kernel(
         dropout, seqlen_q, seqlen_k, total_q, total_k, Window(window_left, window_right), nheads, group,
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "num_key_tiles"])
+def attn_bwd_kernel(
+    q, k, v, out, dout, dq, dk, dv, softmax_lse, dlse, delta, sequences, score, dropout,
+    seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, nheads, group, num_key_tiles,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    window = Window(window_left, window_right)
+    program = tl.program_id(0)
+    if program < num_key_tiles:  # longest first: four products against three, and every query head of a group
+        # One stage: with more, Triton 3.6 copies the next dout over the tile that the product for dv still reads: a tile that
+        # goes into registers, too, gets no buffer to spare.
+        dkdv_tile(
+            program, q, k, v, out, dout, dk, dv, softmax_lse, dlse, None, None, None, None, sequences, score, dropout,
+            seqlen_q, seqlen_k, total_q, total_k, window, nheads, group,
+            BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, 1,
+        )  # fmt: skip
+    else:
+        dq_tile(
+            program - num_key_tiles, q, k, v, out, dout, dq, softmax_lse, dlse, delta, None, None, None, sequences, score,
+            dropout, seqlen_q, seqlen_k, total_q, total_k, window, nheads, group,
+            BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_PAD, PRECISION, STAGES,
+        )  # fmt: skip
