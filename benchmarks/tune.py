@@ -74,14 +74,14 @@ def launcher(kernel, feature, shape, tma, q, k, v, dout, causal):
     if kernel == "forward":
         with launch.pinned(forward=config):
             run = portable.bind_forward(problem, operands, out, lse)
-        return lambda: run(q, k, v, out, lse, *optional, None)
+        return lambda: run(q, k, v, out, lse, *optional, None, None)
     if kernel == "dq":
         with launch.pinned(dq=config):
             run = portable.bind_dq(problem, operands, dout, out, lse, first)
-        return lambda: run(q, k, v, out, dout, first, lse, delta, lse_log2, *optional)
+        return lambda: run(q, k, v, out, dout, first, None, None, lse, delta, lse_log2, *optional, None)
     with launch.pinned(dkdv=config if kernel == "dkdv" else (config, config)):
         run = portable.bind_dkdv(problem, operands, dout, lse, first, second)[-1 if kernel == "dv" else 0]
-    return lambda: run(q, k, v, dout, first, second, delta, lse_log2, *optional)
+    return lambda: run(q, k, v, out, dout, None, first, second, lse, delta, lse_log2, *optional, None)
 
 
 def compile_candidate(candidate):

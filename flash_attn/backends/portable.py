@@ -29,7 +29,7 @@ from flash_attn.backends.launcher import Launcher, launch_all
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware
 from flash_attn.hardware import of as hardware_of
-from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
+from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config, one_launch_config
 from flash_attn.launch.decode import few_queries, keys_per_split
 from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages, worth_descriptors
 from flash_attn.problem import AttentionProblem
@@ -115,10 +115,10 @@ def backward(
     softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Tensor:
-    """Two launches: row statistics and dq per query block, then dk and dv per key block."""
+    """Row statistics and dq per query block, dk and dv per key block: in one launch, or one after the other."""
     if operands.block_table is not None:
         raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
-    delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
+    delta = torch.empty_like(softmax_lse)
     if operands.q.numel() == 0:
         gradients.dk.zero_()
         gradients.dv.zero_()
@@ -128,6 +128,7 @@ def backward(
     if launchers is None:
         launchers = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
     q, k, v = operands.q, operands.k, operands.v
+    lse_log2 = torch.empty_like(softmax_lse) if len(launchers) > 1 else None
     optional = optional_tensors(operands)
     rows = softmax_lse, delta, lse_log2
     launch_all(launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
@@ -206,10 +207,59 @@ def bind_backward(
     """The launches of a backward, for tensors like these.
 
     Each takes q, k, v, out, dout, dq, dk, dv, softmax_lse, delta, lse_log2 and the optional tensors, so that their pointers are
-    read once.
+    read once. A single one needs no lse_log2.
     """
+    config = one_launch_config(problem, hardware_of(operands.q.device))
+    if config is not None:
+        return (bind_one_launch(problem, operands, dout, out, softmax_lse, gradients, config),)
     launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq)
     return launch_dq, *bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv)
+
+
+def bind_one_launch(
+    problem: AttentionProblem,
+    operands: Operands,
+    dout: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: Gradients,
+    config: BackwardConfig,
+) -> Launcher:
+    """The launch that writes delta, dq, dk and dv, for tensors like these."""
+    from flash_attn.kernels.algebra import arguments
+    from flash_attn.kernels.portable.backward import attn_bwd_kernel
+
+    q, k, v = operands.q, operands.k, operands.v
+    batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
+    q_strides, k_strides, v_strides, out_strides, dout_strides = map(strides, (q, k, v, out, dout))
+    dq_strides, dk_strides, dv_strides = map(strides, gradients)
+    row_strides = statistic_strides(softmax_lse)
+    num_query_tiles = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
+    num_key_tiles = math.ceil(operands.max_seqlen_k / config.block_n) * batch_size * k.shape[-2] if k.numel() else 0
+
+    def build(p: Sequence[Any]) -> tuple[Any, ...]:
+        return (
+            (p[0], *q_strides),
+            (p[1], *k_strides),
+            (p[2], *v_strides),
+            (p[3], *out_strides),
+            (p[4], *dout_strides),
+            (p[5], *dq_strides),
+            (p[6], *dk_strides),
+            (p[7], *dv_strides),
+            (p[8], *row_strides),
+            (p[17], *row_strides) if problem.lse_gradient else None,
+            (p[9], *row_strides),
+            (p[11], p[12], p[13], p[14], None),
+            (scale, softcap, p[15], *backward_score),
+            (p[16], *dropout),
+            *lengths,
+            num_key_tiles,
+        )
+
+    kinds = (*[arguments.Tensor] * 11, arguments.Sequences, arguments.Score, arguments.Dropout)
+    num_programs = num_key_tiles + num_query_tiles
+    return Launcher(attn_bwd_kernel, num_programs, build, kinds, *tile_constants(problem, config))
 
 
 def bind_dq(

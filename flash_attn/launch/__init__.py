@@ -13,7 +13,7 @@ _pinned: contextvars.ContextVar[tuple[tuple[str, Any], ...]] = contextvars.Conte
 
 @contextlib.contextmanager
 def pinned(**configs: Any) -> Iterator[None]:
-    """Use the given configurations (`forward=`, `dq=`, `dkdv=`, `rotary=`) inside the block, whatever the problem."""
+    """Use the given configurations (`forward=`, `dq=`, `dkdv=`, `one_launch=`, ...) inside the block, whatever the problem."""
     token = _pinned.set(tuple({**dict(_pinned.get()), **configs}.items()))
     try:
         yield

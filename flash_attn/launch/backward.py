@@ -1,16 +1,16 @@
-"""Launch configurations of the two backward kernels."""
+"""Launch configurations of the backward kernels: one for dq and one for dk and dv, or a kernel for all three."""
 
 import functools
 from typing import NamedTuple
 
 from flash_attn.hardware import Hardware
 from flash_attn.launch import pinned_config
-from flash_attn.launch.forward import head_dim_pad
+from flash_attn.launch.forward import head_dim_pad, work
 from flash_attn.problem import AttentionProblem
 
 
 class BackwardConfig(NamedTuple):
-    """Tile and launch shape of one program of the dq or the dkdv kernel."""
+    """Tile and launch shape of one program of the dq, the dkdv or the joint kernel."""
 
     block_m: int  # query rows: of a program (dq), of a loop step (dkdv)
     block_n: int  # keys: of a loop step (dq), of a program (dkdv)
@@ -21,6 +21,41 @@ class BackwardConfig(NamedTuple):
 
 DkdvConfig = BackwardConfig | tuple[BackwardConfig, BackwardConfig]
 HopperTable = dict[int, tuple[tuple[BackwardConfig, DkdvConfig], ...]]
+
+
+def one_launch_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig | None:
+    """The configuration of the kernel that computes dq, dk and dv in one launch; None where each has its own.
+
+    It is pinned as `one_launch`; False there, and a pin of `dq` or `dkdv`, ask for the others.
+    """
+    pin = pinned_config("one_launch")
+    if pin is not None:
+        return pin or None
+    if pinned_config("dq") or pinned_config("dkdv") or not one_launch(problem):
+        return None
+    return joint_config(problem, hardware)
+
+
+def one_launch(problem: AttentionProblem) -> bool:
+    """Whether the host's time decides, and few blocks of keys compute the statistics of a row again."""
+    return work(problem) < ONE_LAUNCH_WORK and problem.seqlen_q <= ONE_LAUNCH_QUERIES
+
+
+ONE_LAUNCH_WORK = 1 << 30  # multiplications of one product: 15 GFLOP in all seven
+ONE_LAUNCH_QUERIES = 1024  # whose out each block of keys reads, too
+
+
+@functools.lru_cache(maxsize=4096)
+def joint_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig | None:
+    """What `one_launch_config` takes where it is not pinned; None where the kernel would spill much."""
+    pad = head_dim_pad(problem.headdim)
+    if hardware.kind == "cpu":
+        return INTERPRETER[0]
+    if problem.dtype == "float32":
+        return JOINT_FP32.get(pad)
+    if hardware.kind == "hip":
+        return (JOINT_RDNA if hardware.arch.startswith("gfx1") else JOINT_CDNA).get(pad)
+    return (JOINT_HOPPER if hardware.arch == "sm_90" else JOINT_NVIDIA).get(pad)
 
 
 def dq_config(problem: AttentionProblem, hardware: Hardware, tma: bool) -> BackwardConfig:
@@ -143,3 +178,15 @@ FP32: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     128: (BackwardConfig(16, 32, 4, 2), BackwardConfig(16, 32, 4, 2)),
     256: (BackwardConfig(16, 16, 4, 2), BackwardConfig(16, 16, 4, 1)),
 }
+
+# dq, dk and dv in one launch; unmeasured: chosen to compile with few spills, of padded head dims and with all features, too
+JOINT_NVIDIA = {
+    16: BackwardConfig(32, 64, 4, 2),
+    32: BackwardConfig(32, 64, 4, 2),
+    64: BackwardConfig(32, 64, 4, 2),
+    128: BackwardConfig(64, 64, 8, 2),
+}
+JOINT_HOPPER = JOINT_NVIDIA | {128: BackwardConfig(32, 64, 4, 2)}  # ptxas serialises the products of eight warps
+JOINT_CDNA = dict.fromkeys((16, 32, 64, 128), BackwardConfig(32, 64, 4, 1))
+JOINT_RDNA = dict.fromkeys((16, 32, 64), BackwardConfig(16, 32, 8, 1))
+JOINT_FP32 = dict.fromkeys((16, 32, 64), BackwardConfig(32, 32, 4, 2))

@@ -54,8 +54,12 @@ def worth_descriptors(problem: AttentionProblem, hardware: Hardware) -> bool:
     """Whether tensor descriptors can pay: Hopper or newer, and long enough that their 10 us of host time disappear."""
     if hardware.kind != "cuda" or int(hardware.arch.removeprefix("sm_")) < 90 or problem.layout != "dense":
         return False
-    work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
-    return work >= DESCRIPTOR_WORK
+    return work(problem) >= DESCRIPTOR_WORK
+
+
+def work(problem: AttentionProblem) -> int:
+    """Multiplications of one product: batch * heads * queries * keys * head dim."""
+    return problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
 
 
 DESCRIPTOR_WORK = 1 << 33  # 34 GFLOP forward, about 80 us on an H200

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flash_attn import backends, flash_attn_func, flash_attn_varlen_func
+from flash_attn import backends, flash_attn_func, flash_attn_varlen_func, launch
 from tests.support import calls
 from tests.support.cases import BF16, CASES, FP16, FP32, SMALL_CASES
 from tests.support.inputs import make_inputs
@@ -37,6 +37,22 @@ def test_gradients_match_the_truth(case, device, seed):
     inputs = make_inputs(case, device, seed)
     results, keep = calls.forward_and_backward(case, inputs, seed)
     expected(case, inputs, keep).check(**results)
+
+
+@pytest.mark.parametrize(
+    "case, device",
+    calls.placed({"gpu": CASES[::2], "interpreter": SMALL_CASES[::2] + SMALL_CASES[-2:-1]}),
+    indirect=["device"],
+)
+def test_gradients_of_separate_launches_match_the_truth(case, device, seed):
+    """What larger problems take. The interpreter's tiles are those of one launch, and so are the bits."""
+    inputs = make_inputs(case, device, seed)
+    with launch.pinned(one_launch=False):
+        results, keep = calls.forward_and_backward(case, inputs, seed)
+    expected(case, inputs, keep).check(**results)
+    if device.type == "cpu":
+        at_once, _ = calls.forward_and_backward(case, inputs, seed)
+        calls.assert_equal(tuple(results.values()), tuple(at_once.values()))
 
 
 @everywhere

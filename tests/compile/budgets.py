@@ -11,7 +11,12 @@ import triton
 BUDGETED = triton.__version__.startswith("3.6.")
 HOPPER_BUDGETED = triton.__version__.startswith(("3.6.", "3.7."))
 
-KERNELS = {"attn_fwd_kernel": "forward", "attn_bwd_dq_kernel": "dq", "attn_bwd_dkdv_kernel": "dkdv"}
+KERNELS = {
+    "attn_fwd_kernel": "forward",
+    "attn_bwd_dq_kernel": "dq",
+    "attn_bwd_dkdv_kernel": "dkdv",
+    "attn_bwd_kernel": "joint",
+}
 
 
 class Budget(NamedTuple):
@@ -27,6 +32,8 @@ DEFAULT = Budget(16, "four registers spilled around a loop cost nothing that can
 _FASTEST = "measured on the H200: faster than the tiles that do not spill"
 _EVERYTHING = "all features at once; a tile for them alone would make the plain kernel slower"
 _MASKED = "a tile of a padded head dim carries the masks of its loads"
+_EIGHT_WARPS = "eight warps do not spill, but ptxas runs their products one by one"
+_SCALARS = "scalars, which go to lanes of vector registers: both passes' addresses; none to memory"
 _RDNA = "256 vector registers hold neither accumulators nor operands of such a head dim; the smallest tile spills least"
 
 # (kernel, architecture, padded head dim, kind), where None stands for any; the first match counts.
@@ -37,6 +44,10 @@ BUDGETS: dict[tuple[str | None, str | None, int | None, str | None], Budget] = {
     ("dkdv", "sm_90", 64, None): Budget(48, _FASTEST),
     ("dkdv", "sm_90", 128, None): Budget(96, _FASTEST),
     ("dkdv", "sm_90", 256, None): Budget(80, _FASTEST),
+    ("joint", "sm_90", None, "everything"): Budget(144, _EVERYTHING),
+    ("joint", "sm_90", 64, "odd"): Budget(80, _MASKED),
+    ("joint", "sm_90", 128, None): Budget(48, _EIGHT_WARPS),
+    ("joint", "gfx942", None, "everything"): Budget(384, _SCALARS),
     ("forward", "sm_80", 128, "everything"): Budget(48, _EVERYTHING),
     ("forward", "gfx942", 128, "scores"): Budget(96, _EVERYTHING),
     (None, "gfx942", 128, "everything"): Budget(144, _EVERYTHING),

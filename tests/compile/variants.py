@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 
+from flash_attn import launch as configurations
 from flash_attn.backends import portable
 from flash_attn.backends.base import Gradients, Operands
 from flash_attn.hardware import Hardware
@@ -35,7 +36,7 @@ FEATURES = {
 class Variant:
     """One direction of one kind of call on one architecture."""
 
-    direction: str  # "forward" or "backward"
+    direction: str  # "forward", "backward" in separate launches, or "one_launch" for all gradients
     arch: str
     headdim: int
     dtype: str = "bfloat16"
@@ -103,7 +104,8 @@ def launch(variant: Variant, hardware: Hardware) -> None:
     """Everything that the portable backend launches for the variant."""
     problem, operands = operands_of(variant)
     q, k, v, *_ = operands
-    with mock.patch.object(portable, "hardware_of", lambda device: hardware):
+    pins = {"one_launch": False} if variant.direction == "backward" else {}
+    with mock.patch.object(portable, "hardware_of", lambda device: hardware), configurations.pinned(**pins):
         if variant.direction == "forward":
             portable.forward(problem, operands)
         else:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flash_attn import launch
 from tests.support import calls
 from tests.support.cases import BF16, FP16, FP32, Case
 from tests.support.inputs import make_inputs
@@ -26,14 +27,17 @@ def device(request):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", calls.places("gpu"), indirect=True)
+@pytest.mark.parametrize("pins", [{}, {"one_launch": False}], ids=["small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_same_bits_every_time(case, device, seed):
+def test_the_same_bits_every_time(case, pins, device, seed):
+    """In the launches of problems of this size, and in those of larger ones."""
     inputs = make_inputs(case, device, seed)
-    first, _ = calls.forward_and_backward(case, inputs, seed)
-    different = {name: torch.zeros((), dtype=torch.int64, device=device) for name in first}
-    for _ in range(REPEATS):
-        again, _ = calls.forward_and_backward(case, inputs, seed)
-        for name, x in again.items():
-            different[name] += (x != first[name]).sum()
+    with launch.pinned(**pins):
+        first, _ = calls.forward_and_backward(case, inputs, seed)
+        different = {name: torch.zeros((), dtype=torch.int64, device=device) for name in first}
+        for _ in range(REPEATS):
+            again, _ = calls.forward_and_backward(case, inputs, seed)
+            for name, x in again.items():
+                different[name] += (x != first[name]).sum()
     counts = {name: int(count) for name, count in different.items()}
     assert not any(counts.values()), f"elements that differ over {REPEATS} repeats: {counts}"

@@ -15,7 +15,7 @@ from flash_attn.errors import InvalidArgument, UnsupportedProblem
 from flash_attn.hardware import CPU, Hardware
 from flash_attn.launch import backward as backward_launch
 from flash_attn.launch import forward as forward_launch
-from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config
+from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config, joint_config, one_launch_config
 from flash_attn.launch.forward import ForwardConfig, forward_config, head_dim_pad
 from flash_attn.problem import AttentionProblem
 
@@ -342,10 +342,10 @@ def test_plans_are_bounded(plans, monkeypatch):
 
 def configurations(asked, hardware, tma):
     """Every configuration of a problem, flattened."""
-    dkdv = dkdv_config(asked, hardware, tma)
-    return [forward_config(asked, hardware, tma), dq_config(asked, hardware, tma)] + (
-        [dkdv] if isinstance(dkdv, BackwardConfig) else list(dkdv)
-    )
+    dkdv, joint = dkdv_config(asked, hardware, tma), joint_config(asked, hardware)
+    found = [forward_config(asked, hardware, tma), dq_config(asked, hardware, tma)]
+    found += [dkdv] if isinstance(dkdv, BackwardConfig) else list(dkdv)
+    return found if joint is None else [*found, joint]
 
 
 @pytest.mark.parametrize("hardware", [*GPUS, CPU], ids=lambda hardware: hardware.arch or hardware.kind)
@@ -378,8 +378,8 @@ def test_launches_are_pure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", forbidden)
     asked = [problem(headdim=d, window=(None, w)) for d in (16, 64, 128, 200) for w in (None, 0)]
     first = [configurations(each, hardware, tma) for each in asked for hardware in GPUS for tma in (False, True)]
-    for module in (forward_launch, backward_launch):
-        module._choose.cache_clear()
+    for chosen in (forward_launch._choose, backward_launch._choose, joint_config):
+        chosen.cache_clear()
     again = [
         configurations(each, hardware, tma)
         for each in reversed(asked)
@@ -399,6 +399,35 @@ def test_pinned_configurations():
             assert forward_config(problem(), HOPPER, False) == pinned
             assert dq_config(problem(), HOPPER, False) == BackwardConfig(32, 32, 2, 1)
     assert forward_config(problem(), HOPPER, False) == usual
+
+
+SMALL = dict(batch_size=2, seqlen_q=128, seqlen_k=128, nheads=8, nheads_k=8)
+
+
+@pytest.mark.parametrize("hardware", GPUS, ids=lambda hardware: hardware.arch)
+def test_small_problems_take_one_launch_backward(hardware):
+    for headdim in (16, 64):
+        assert one_launch_config(problem(headdim=headdim, **SMALL), hardware) is not None
+    assert one_launch_config(problem(headdim=160, **SMALL), hardware) is None, "dk and dv have a launch each"
+    assert one_launch_config(problem(**SMALL | dict(batch_size=256, seqlen_k=1024)), hardware) is None
+    assert one_launch_config(problem(batch_size=1, nheads=1, nheads_k=1, seqlen_q=2048), hardware) is None
+
+
+def test_the_work_decides_about_one_launch():
+    """The limit is excluded, and lengths are already those of a bucket."""
+    at_limit = problem(batch_size=1, nheads=16, seqlen_q=1024, seqlen_k=1024, headdim=64)
+    assert one_launch_config(at_limit, HOPPER) is None
+    assert one_launch_config(at_limit._replace(nheads=15), HOPPER) is not None
+
+
+def test_pins_decide_about_one_launch():
+    small, large, config = problem(**SMALL), problem(batch_size=64), BackwardConfig(64, 64, 8, 1)
+    assert one_launch_config(small, HOPPER) == joint_config(small, HOPPER)
+    for pins in (dict(one_launch=False), dict(dq=config), dict(dkdv=config)):
+        with launch.pinned(**pins):
+            assert one_launch_config(small, HOPPER) is None
+    with launch.pinned(one_launch=config):
+        assert one_launch_config(small, HOPPER) == one_launch_config(large, HOPPER) == config
 
 
 def test_a_pinned_configuration_has_its_own_plan(plans, seed):
