@@ -72,8 +72,10 @@ PROBLEMS = {
     "ALiBi, dropout, fp16, D 64": AttentionProblem(
         "dense", "float16", 4, 1024, 1024, 8, 8, 64, CAUSAL, alibi=True, dropout=True
     ),
-    "paged keys, bf16, D 128": AttentionProblem("paged", "bfloat16", 32, 64, 4096, 32, 8, 128),
-    "decoding over a paged cache, bf16, D 128": AttentionProblem("paged_cache", "bfloat16", 32, 1, 4096, 32, 8, 128),
+    "paged keys, bf16, D 128": AttentionProblem("paged", "bfloat16", 32, 512, 4096, 32, 8, 128, page_size=256),
+    "decoding over a paged cache, bf16, D 128": AttentionProblem(
+        "paged_cache", "bfloat16", 32, 1, 4096, 32, 8, 128, page_size=16
+    ),
     "float32, D 64": AttentionProblem("dense", "float32", 4, 512, 512, 8, 8, 64),
     "float64, D 32": AttentionProblem("dense", "float64", 2, 64, 64, 4, 4, 32),
 }

@@ -42,9 +42,14 @@ ROWS: dict[str, AttentionProblem] = {
     "fp64": LARGE._replace(dtype="float64"),
     "head dim 256": LARGE._replace(headdim=256),
     "head dim 59, or rows not 16 bytes apart": LARGE._replace(headdim=59, aligned=False),
-    "`block_table` of `flash_attn_varlen_func`": LARGE._replace(layout="paged"),
-    "`flash_attn_with_kvcache`": LARGE._replace(layout="cache", seqlen_q=1),
-    "`flash_attn_with_kvcache`, pages": LARGE._replace(layout="paged_cache", seqlen_q=1),
+    "`block_table` of `flash_attn_varlen_func`": LARGE._replace(layout="paged", page_size=256),
+    "`flash_attn_with_kvcache`, a token": LARGE._replace(layout="cache", seqlen_q=1),
+    "`flash_attn_with_kvcache`, a token, pages": LARGE._replace(layout="paged_cache", seqlen_q=1, page_size=16),
+    "`flash_attn_with_kvcache`, a prompt": LARGE._replace(layout="cache"),
+    "`flash_attn_with_kvcache`, a prompt, pages of a multiple of 16": LARGE._replace(
+        layout="paged_cache", page_size=16
+    ),
+    "`flash_attn_with_kvcache`, a prompt, other pages": LARGE._replace(layout="paged_cache", page_size=8),
 }
 
 

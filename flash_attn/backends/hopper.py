@@ -35,6 +35,7 @@ from flash_attn.problem import AttentionProblem
 
 name = "hopper"
 
+CACHED = ("cache", "paged_cache", "paged")  # layouts that serving has, without gradients
 WORTHWHILE = 1 << 31  # queries * keys * heads * head dim * batch below which the host's time decides
 
 
@@ -72,7 +73,7 @@ def left_to_others(problem: AttentionProblem) -> str | None:
         return f"has run on a GPU with Triton {GLUON_RELEASES[0]} only; this is {_release()}"
     if few_queries(problem):
         return "splits no keys, which so few queries need"
-    if problem.layout in ("cache", "paged_cache", "paged") and _mostly_empty(problem):
+    if problem.layout in CACHED and _mostly_empty(problem):
         return f"has tiles of {2 * CONSUMER_ROWS} queries at least, of which so few would leave most of each empty"
     work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
     return "tensor maps cost the host 20 us, too much for a problem so small" if work < WORTHWHILE else None
@@ -108,7 +109,14 @@ GLUON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
-    """One launch; a second one for the dropout scores when asked for."""
+    """One launch; a second one for the dropout scores when asked for.
+
+    Over caches and pages the portable one where batch invariance was asked for: the size of a batch decides which backend runs.
+    """
+    if problem.layout in CACHED and keys_per_split() is not None:
+        from flash_attn.backends import portable
+
+        return portable.launch_forward(problem, operands, return_scores)
     q = operands.q
     memo = {} if operands.memo is None else operands.memo
     out, softmax_lse = empty_results(operands, memo)
@@ -149,12 +157,10 @@ def backward(
 def attend_cache(
     problem: AttentionProblem, operands: Operands, append: Append | None, num_splits: int
 ) -> ForwardResult:
-    """As `portable.attend_cache`, with the forward kernel of this backend; where batch invariance was asked for with the
-    portable one, because a batch's size decides which backend runs."""
+    """As `portable.attend_cache`, with the forward kernel of this backend."""
     from flash_attn.backends import portable_cache
 
-    own = portable_cache.ForwardKernel(forward, num_tiles)
-    kernel = own if keys_per_split() is None else portable_cache.PORTABLE
+    kernel = portable_cache.ForwardKernel(forward, num_tiles)
     return portable_cache.attend_cache(problem, operands, append, num_splits, kernel)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache, launch, reference
-from flash_attn.backends import cache_append, portable_cache
+from flash_attn.backends import cache_append, portable, portable_cache
 from flash_attn.backends.base import ForwardResult
 from flash_attn.kvcache.kv_attention import batch_invariant
 from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, TWO_PARTS, TWO_SKIPPING, TWO_SKIPPING_Q
@@ -196,8 +196,7 @@ def test_what_is_refused(fields, words, device, seed):
 def test_batch_invariance_keeps_one_backend(device, seed, monkeypatch):
     """A batch's size decides whether this backend is chosen, so its kernel stays out of what must not depend on that."""
     attended = []
-    kernel = portable_cache.PORTABLE._replace(launch=lambda problem, operands: attended.append(problem) or RESULT)
-    monkeypatch.setattr(portable_cache, "PORTABLE", kernel)
+    monkeypatch.setattr(portable, "launch_forward", lambda problem, *call: attended.append(problem) or RESULT)
     inputs = make_cache_inputs(case_of(64, seqlen_new=0), device, seed)
     flash_attn_with_kvcache(**inputs.arguments)
     assert not attended
