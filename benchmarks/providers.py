@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # keys in pages
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32
     sinks: Tensor | None = None  # (nheads,), in the operands' dtype
+    cache_seqlens: Tensor | None = None  # (batch,), int32; tokens in a cache, the new ones included
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
