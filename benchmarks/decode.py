@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flash_attn
 from benchmarks import report
 from benchmarks.host import host_time
-from benchmarks.providers import installed
+from benchmarks.providers import in_pages, installed
 from benchmarks.timing import ERROR_BOUND, significant, synchronize, two_norm_error
 from flash_attn import backends
 from flash_attn.kvcache.kv_attention import batch_invariant
@@ -95,19 +95,6 @@ def make_cache(case: DecodeCase, device: torch.device, seed: int = 0) -> Cache:
     return Cache(q, *caches, *new, angles.cos(), angles.sin(), seqlens)
 
 
-def paged(cache: Cache, page: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(k pages, v pages, block table): the same tokens in pages of random order."""
-    batch, seqlen = cache.k_cache.shape[:2]
-    num_pages = batch * seqlen // page
-    order = torch.randperm(num_pages, device=cache.q.device, generator=torch.Generator(cache.q.device).manual_seed(1))
-    pages = []
-    for x in (cache.k_cache, cache.v_cache):
-        shuffled = torch.empty_like(x).view(num_pages, page, *x.shape[2:])
-        shuffled[order] = x.view_as(shuffled)
-        pages.append(shuffled)
-    return *pages, order.int().view(batch, -1)
-
-
 Call = Callable[[], Tensor]
 
 
@@ -119,7 +106,7 @@ def ours(case: DecodeCase, cache: Cache) -> Call:
 
 def ours_paged(page: int) -> Callable[[DecodeCase, Cache], Call]:
     def make(case: DecodeCase, cache: Cache) -> Call:
-        k_pages, v_pages, table = paged(cache, page)
+        k_pages, v_pages, table = in_pages(cache.k_cache, cache.v_cache, page)
         return lambda: flash_attn.flash_attn_with_kvcache(
             cache.q, k_pages, v_pages, cache_seqlens=cache.seqlens, block_table=table, causal=True
         )
@@ -151,7 +138,7 @@ def varlen_paged(page: int) -> Callable[[DecodeCase, Cache], Call]:
     """What servers with pages of their own call: packed queries, one for each sequence."""
 
     def make(case: DecodeCase, cache: Cache) -> Call:
-        k_pages, v_pages, table = paged(cache, page)
+        k_pages, v_pages, table = in_pages(cache.k_cache, cache.v_cache, page)
         q = cache.q[:, 0]
         ends_q = torch.arange(case.batch + 1, dtype=torch.int32, device=q.device)
         ends_k = ends_q * case.seqlen

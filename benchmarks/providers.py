@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # keys in pages
     block_table: Tensor | None = None  # (batch, pages of a sequence), int32
     sinks: Tensor | None = None  # (nheads,), in the operands' dtype
+    cache_seqlens: Tensor | None = None  # (batch,), int32; tokens in a cache, the new ones included
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +72,19 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return inputs
     table = torch.randperm(lead_k[0], generator=generator, device=device).int().view(case.batch, -1)
     return inputs._replace(cu_seqlens_k=_boundaries([k for _q, k in case.sequences], case, device), block_table=table)
+
+
+def in_pages(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(k pages, v pages, block table): the same tokens in pages of random order; (batch, seqlen, heads, headdim) each."""
+    batch, seqlen = k.shape[:2]
+    num_pages = batch * seqlen // page_size
+    order = torch.randperm(num_pages, device=k.device, generator=torch.Generator(k.device).manual_seed(1))
+    pages = []
+    for x in (k, v):
+        shuffled = torch.empty_like(x).view(num_pages, page_size, *x.shape[2:])
+        shuffled[order] = x.view_as(shuffled)
+        pages.append(shuffled)
+    return *pages, order.int().view(batch, -1)
 
 
 def _slopes(case: Case, device: torch.device) -> Tensor | None:

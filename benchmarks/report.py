@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def result_to_json(result: Result) -> dict[str, Any]:
     fields["case"] = result.case.to_json()
     if result.median_ms is not None:
         fields["tflops"] = round(result.tflops, 2)
-        fields["tflops_conventional"] = round(result.case.conventional_flops / result.median_ms / 1e9, 2)
+        if result.case.seqlen_q == result.case.seqlen_k or not result.case.causal:
+            fields["tflops_conventional"] = round(result.case.conventional_flops / result.median_ms / 1e9, 2)
     return fields
 
 
@@ -238,13 +239,13 @@ def _error_cell(result: Result | None) -> str:
     return f"**{wrong}**" if wrong else "-"
 
 
-def refusals(results: Sequence[Result]) -> list[str]:
+def refusals(results: Sequence[Result], headings: Mapping[str, str] = HEADINGS) -> list[str]:
     """Why providers have no number, each reason once with the number of cases."""
     counts: dict[tuple[str, str], int] = {}
     for result in results:
         if result.refused is not None:
             counts[result.provider, result.refused] = counts.get((result.provider, result.refused), 0) + 1
-    return [f"{HEADINGS.get(name, name)}, {count} cases: {reason}" for (name, reason), count in counts.items()]
+    return [f"{headings.get(name, name)}, {count} cases: {reason}" for (name, reason), count in counts.items()]
 
 
 def kernel_section(document: dict[str, Any]) -> str:
@@ -304,6 +305,12 @@ def decode_section(document: dict[str, Any]) -> str:
     return decode.table(document)
 
 
+def prefill_section(document: dict[str, Any]) -> str:
+    from benchmarks import prefill
+
+    return prefill.table(document)
+
+
 def training_section(document: dict[str, Any]) -> str:
     from benchmarks import training
 
@@ -314,6 +321,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernel": kernel_section,
     "host": host_section,
     "decode": decode_section,
+    "prefill": prefill_section,
     "training": training_section,
 }
 

@@ -76,7 +76,13 @@ def measure_group(
                 contenders.append(ready)
             else:
                 results.append(Result(case, provider.name, refused=ready))
-    times, clock = interleave(contenders, device, budget_s * max(1, len(cases)))
+    return results + time_contenders(contenders, device, budget_s * max(1, len(cases)))
+
+
+def time_contenders(contenders: Sequence[Contender], device: torch.device, budget_s: float) -> list[Result]:
+    """Medians and quartiles of one interleaved loop over all of them."""
+    results: list[Result] = []
+    times, clock = interleave(contenders, device, budget_s)
     for contender, samples in zip(contenders, times, strict=True):
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         results.append(

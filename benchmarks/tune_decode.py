@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from benchmarks.decode import CASES, FLUSH_BYTES, Cache, DecodeCase, make_cache, paged
+from benchmarks.decode import CASES, FLUSH_BYTES, Cache, DecodeCase, make_cache
+from benchmarks.providers import in_pages
 from flash_attn import flash_attn_with_kvcache, hardware, launch
 from flash_attn.launch.decode import MAX_SPLITS, DecodeConfig
 
@@ -41,7 +42,8 @@ class Candidate(NamedTuple):
 
 def arguments_of(cache: Cache, page: int) -> dict[str, Any]:
     """What a call over the cache, or over its pages, is given."""
-    k_cache, v_cache, table = paged(cache, page) if page else (cache.k_cache, cache.v_cache, None)
+    caches = cache.k_cache, cache.v_cache
+    k_cache, v_cache, table = in_pages(*caches, page) if page else (*caches, None)
     return dict(
         q=cache.q, k_cache=k_cache, v_cache=v_cache, block_table=table, cache_seqlens=cache.seqlens, causal=True
     )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import decode, host, report, run, timing, training
+from benchmarks import decode, host, prefill, report, run, timing, training
 from benchmarks.cases import SWEEPS, Case, comparison_groups, plain, sweep_cases, visible_pairs
 from benchmarks.prewarm import share_kernels
 from benchmarks.providers import PROVIDERS, Provider, canonical_window, installed, launch, make_inputs
@@ -281,6 +281,76 @@ def test_a_peer_that_refuses_is_no_failure(tmp_path, capsys):
     assert decode.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--providers", "dense", "flaggems"]) == 0
     rows = json.loads((tmp_path / "decode.json").read_text())["results"]
     assert [row["provider"] for row in rows if "refused" not in row] == ["dense"]
+
+
+def test_prefill_cases_are_well_formed():
+    for cases in (prefill.CASES, prefill.TINY):
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            assert case.causal and case.seqlen_q <= case.seqlen_k and case.nheads % case.nheads_k == 0
+            assert all(case.seqlen_k % page == 0 for page in prefill.PAGES.values())
+    assert {case.headdim for case in prefill.CASES} == {64, 128, 256}
+    assert set(prefill.PAGES) | set(prefill.PEERS) <= set(prefill.PROVIDERS)
+
+
+def test_a_tiny_prefill_run(tmp_path, capsys):
+    """Every layout of the cache agrees with the specification, and only peers refuse; the pairs are the visible ones."""
+    words = ["--tiny", "--device", "cpu", "--budget", "0.01", "--filter", "B2", "--out", str(tmp_path)]
+    assert prefill.main(words) == 0
+    document = json.loads((tmp_path / "prefill.json").read_text())
+    results = report.load_results(document)
+    assert [case.name for case in prefill.TINY] == list(dict.fromkeys(result.case.name for result in results))
+    measured = {(r.case.name, r.provider): r for r in results if not r.refused}
+    assert {provider for _case, provider in measured} >= set(prefill.PROVIDERS) - {"cudnn", "flaggems"}
+    assert all(r.median_ms > 0 and r.error < 1e-4 for r in measured.values())
+    chunk = prefill.TINY[1]
+    assert (chunk.seqlen_q, chunk.seqlen_k) == (32, 512)
+    assert chunk.flops == 4 * 2 * 4 * 16 * sum(range(481, 513))
+    row = next(row for row in document["results"] if row["provider"] == "dense" and row["case"]["name"] == chunk.name)
+    assert "tflops" in row and "tflops_conventional" not in row  # half of all pairs would be no count of a chunk's
+    section = report.generated_part(tmp_path)
+    assert chunk.name in section and section.startswith("## prefill") and "cuDNN needs an NVIDIA GPU" in section
+
+
+def test_prefill_in_pages_follows_the_table():
+    case = prefill.TINY[1]
+    inputs = prefill.make_cache(case, CPU)
+    slices = timing.expected_slices(case, inputs)
+    pages = prefill.paged(inputs, 16)
+    assert pages.k.shape == (64, 16, 2, 16) and sorted(pages.block_table.flatten().tolist()) == list(range(64))
+    wrong = pages._replace(block_table=pages.block_table.flip(0))
+    for attend in (prefill.over_cache, prefill.packed):
+        assert timing.relative_error(case, (attend(case, pages),), slices) < 1e-5
+        assert timing.relative_error(case, (attend(case, wrong),), slices) > 0.1
+
+
+def test_the_prefill_section_divides_the_peers_times(tmp_path):
+    """The document shows the section once there is a result file, and is made without it before."""
+    whole, chunk = prefill.CASES[:2]
+    results = [
+        timing.Result(whole, "dense", 1.0, (1.0, 1.0), 9, 0.003),
+        timing.Result(whole, "cudnn", 1.25, (1.0, 1.5), 9, 0.003),
+        timing.Result(chunk, "dense", 0.5, (0.5, 0.5), 9, 0.003),
+        timing.Result(chunk, "cudnn", refused="PyTorch's causal mask is top-left aligned"),
+    ]
+    assert report.generated_part(tmp_path) == "Nothing measured yet."
+    about = {"device": "none", "source": "0", "date": "2026-01-01"}
+    rows = list(map(report.result_to_json, results))
+    report.save_document(tmp_path / "prefill.json", {"kind": "prefill", "machine": about, "results": rows})
+    section = report.generated_part(tmp_path)
+    assert "| case | flash_attn | cuDNN |" in section
+    assert f"| {whole.name} | {whole.flops / 1e9:.0f} (1000) | {whole.flops / 1.25e9:.0f} (1250) |" in section
+    assert f"| {chunk.name} | {chunk.flops / 0.5e9:.0f} (500) | - |" in section
+    assert "| **geometric mean** | 1.00 | 1.25 |" in section
+    assert "- cuDNN, 1 cases: PyTorch's causal mask is top-left aligned" in section
+
+
+def test_a_wrong_prefill_result_of_ours_fails_the_run(tmp_path, monkeypatch, capsys):
+    wrong = prefill.PROVIDERS["dense"]._replace(forward=lambda case, inputs: inputs.q * 1.0)
+    monkeypatch.setitem(prefill.PROVIDERS, "dense", wrong)
+    words = ["--tiny", "--device", "cpu", "--budget", "0.01", "--out", str(tmp_path), "--providers", "dense"]
+    assert prefill.main(words) == 1
+    assert "wrong result" in capsys.readouterr().out
 
 
 def test_a_tiny_training_run(tmp_path, capsys):
