@@ -30,7 +30,7 @@ def leaves(shape, dtype, device, seed, count=3):
 
 @pytest.mark.parametrize(
     "case, device",
-    calls.placed({"cpu": CASES, "gpu": CASES, "interpreter": SMALL_CASES}),
+    calls.placed({"cpu": CASES, "gpu": CASES[1::2], "interpreter": SMALL_CASES}),
     indirect=["device"],
 )
 def test_gradients_match_the_truth(case, device, seed):
