@@ -23,6 +23,7 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries, keys_per_split
+from flash_attn.launch.forward import work
 from flash_attn.launch.hopper import (
     CONSUMER_ROWS,
     copy_columns,
@@ -36,7 +37,8 @@ from flash_attn.problem import AttentionProblem
 name = "hopper"
 
 CACHED = ("cache", "paged_cache", "paged")  # layouts that serving has, without gradients
-WORTHWHILE = 1 << 31  # queries * keys * heads * head dim * batch below which the host's time decides
+FEWEST_ROWS = 16  # keys of one copy
+WORTHWHILE = 1 << 31  # multiplications of a product below which the host's time decides
 
 
 def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
@@ -51,9 +53,6 @@ def unsupported(problem: AttentionProblem, hardware: Hardware) -> str | None:
             "elements, the head dim a multiple of 8, and the tokens of a cache or of pages evenly spaced"
         )
     return _copies_across_pages(problem) or _unknown_release()
-
-
-FEWEST_ROWS = 16  # keys of one copy
 
 
 def _copies_across_pages(problem: AttentionProblem) -> str | None:
@@ -75,8 +74,8 @@ def left_to_others(problem: AttentionProblem) -> str | None:
         return "splits no keys, which so few queries need"
     if problem.layout in CACHED and _mostly_empty(problem):
         return f"has tiles of {2 * CONSUMER_ROWS} queries at least, of which so few would leave most of each empty"
-    work = problem.batch_size * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.headdim
-    return "tensor maps cost the host 20 us, too much for a problem so small" if work < WORTHWHILE else None
+    too_small = work(problem) < WORTHWHILE
+    return "tensor maps cost the host 20 us, too much for a problem so small" if too_small else None
 
 
 def _mostly_empty(problem: AttentionProblem) -> bool:

@@ -181,7 +181,8 @@ FP32: dict[int, tuple[BackwardConfig, DkdvConfig]] = {
     256: (BackwardConfig(16, 16, 4, 2), BackwardConfig(16, 16, 4, 1)),
 }
 
-# dq, dk and dv in one launch; unmeasured: chosen to compile with few spills, of padded head dims and with all features, too
+# dq, dk and dv in one launch: chosen to compile with few spills, of padded head dims and with all features, too; against other
+# tiles they are unmeasured
 JOINT_NVIDIA = {
     16: BackwardConfig(32, 64, 4, 2),
     32: BackwardConfig(32, 64, 4, 2),
