@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PLOT = HERE.parent / "demo" / "train_gpt.png"
-SECONDS = 45  # for each attention; a slow machine takes fewer steps
+SECONDS = 35  # for each attention; a slow machine takes fewer steps
 LABELS = {
     "flash": "flash_attn_varlen_func, all documents in one call",
     "plain": "plain PyTorch, softmax(QK^T)V document by document",
