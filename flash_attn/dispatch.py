@@ -13,6 +13,7 @@ from torch import Tensor
 from flash_attn import hardware, launch
 from flash_attn.backends import choose_backend, choose_backward_backend, requested_backend
 from flash_attn.backends.base import Append, Backend, Gradients, Operands
+from flash_attn.errors import UnsupportedProblem
 from flash_attn.problem import AttentionProblem, check_gradients, check_rng_state, describe
 from flash_attn.problem_kvcache import CacheTensors, check_room, describe_cache, rotary_advances
 
@@ -214,6 +215,8 @@ def _backward_plan(
     )
     problem, seqlen_q, seqlen_k = describe(q, k, v, *numbers, *optional, **words)
     check_gradients(q, k, v, dout_copy, out, softmax_lse, *gradients, dlse)
+    if block_table is not None:
+        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     if dropout_p > 0.0:
         check_rng_state(rng_state, q.device)
     contiguous = dout_copy is dout and _same(copies, saved)

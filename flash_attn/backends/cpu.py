@@ -20,7 +20,6 @@ from flash_attn.backends import spans
 from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
 from flash_attn.backends.cache_append import append_tokens
 from flash_attn.backends.spans import Span
-from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware
 from flash_attn.problem import AttentionProblem, canonical_window
 
@@ -82,8 +81,6 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """Span by span; tokens outside every sequence get gradient 0."""
-    if operands.block_table is not None:
-        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     work = spans.accumulator(operands.q.dtype)
     delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     spans.blank_gradients(operands, gradients)

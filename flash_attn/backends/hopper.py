@@ -20,7 +20,6 @@ from flash_attn.backends.fixed_arguments import (
     statistic_strides,
 )
 from flash_attn.backends.launcher import Launcher
-from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries, keys_per_split
 from flash_attn.launch.forward import work
@@ -138,8 +137,6 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
-    if operands.block_table is not None:
-        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     delta = torch.empty_like(softmax_lse)
     memo = {} if operands.memo is None else operands.memo
     launch = memo.get("backward")

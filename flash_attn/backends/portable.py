@@ -26,7 +26,6 @@ from flash_attn.backends.fixed_arguments import (
     tile_constants,
 )
 from flash_attn.backends.launcher import Launcher, launch_all
-from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config, one_launch_config
@@ -116,8 +115,6 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """Row statistics and dq per query block, dk and dv per key block: in one launch, or one after the other."""
-    if operands.block_table is not None:
-        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     delta = torch.empty_like(softmax_lse)
     if operands.q.numel() == 0:
         gradients.dk.zero_()

@@ -16,7 +16,6 @@ from flash_attn.backends.base import Append, ForwardResult, Gradients, Operands
 from flash_attn.backends.cache_append import append_tokens
 from flash_attn.backends.spans import Span
 from flash_attn.backward.reference_impl import pytorch_flash_attention_backward
-from flash_attn.errors import UnsupportedProblem
 from flash_attn.hardware import Hardware
 from flash_attn.problem import AttentionProblem
 
@@ -66,8 +65,6 @@ def backward(
     gradients: Gradients,
 ) -> Tensor:
     """Span by span; tokens outside every sequence get gradient 0."""
-    if operands.block_table is not None:
-        raise UnsupportedProblem("block_table is forward only: a paged cache has no gradient")
     compute_dtype = spans.accumulator(operands.q.dtype)
     delta = spans.softmax_delta(dout, out, operands.dlse, softmax_lse)
     left, right = (-1 if side is None else side for side in operands.window)
