@@ -103,7 +103,7 @@ def variants() -> list[Variant]:
         for headdim, causal, seqlen in (next(turns),)
     ]
     heaviest = [Variant(headdim, True, "everything") for headdim in FORWARD]
-    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows[::2]]
+    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
@@ -115,7 +115,7 @@ def variants() -> list[Variant]:
     ]
     paged = [Variant(headdim, causal, "cache_pages", seqlen=seqlen) for headdim, causal, seqlen in rows[::3]]
     paged += [Variant(headdim, True, "cache_small_pages") for headdim in (*FORWARD, 192)]
-    dropped = [Variant(64, False, "dropout"), *(Variant(headdim, True, "dropout") for headdim in FORWARD)]
+    dropped = [Variant(headdim, causal, "dropout") for headdim in FORWARD for causal in (False, True)]
     return list(dict.fromkeys([*plain, *mixed, *heaviest, *sinks, *odd, *masks, *paged, *dropped]))
 
 

@@ -69,16 +69,11 @@ KINDS = {  # of the sum of dq: whether causal, and features
 
 
 def backward_variants() -> list[tuple[Variant, str]]:
-    """Each kernel once: at head dim 256, whose three compile longest, `scores` has softcap and ALiBi; at 64 that takes two
-    passes whatever the form."""
     parts = [(headdim, "float16", True) for headdim in (80, 96, 160, 192)]  # head dims whose products have two parts
     found = [(Variant("backward", "sm_90", *part, long=True), "any order") for part in parts]
     for headdim in (64, 128, 256):
         for form in KINDS if headdim <= 128 else ["any order"]:  # at head dim 256 all are two passes
-            kinds = [kind for kind in KINDS[form] if not (headdim == 256 and kind[1] in ("softcap", "alibi"))]
-            if headdim == 64 and form != "any order":
-                kinds.remove((True, "scores"))
-            found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), form) for kind in kinds]
+            found += [(Variant("backward", "sm_90", headdim, "bfloat16", *kind, True), form) for kind in KINDS[form]]
     return found
 
 

@@ -14,6 +14,7 @@ from flash_attn.kvcache.kv_attention import batch_invariant
 from flash_attn.launch.hopper import FORWARD, FOUR_CONSUMERS, FOUR_SKIPPING, TWO_PARTS, TWO_SKIPPING, TWO_SKIPPING_Q
 from tests.support import calls
 from tests.support.cases import BF16, FP16
+from tests.support.hopper_forms import MASKS, every_other
 from tests.support.kvcache import CacheCase, changed, make_cache_inputs, run_and_check
 from tests.support.tolerance import assert_close
 
@@ -68,18 +69,6 @@ PLACES = {
     "pages of 192": dict(page=192),
     "pages of 256": dict(page=256),
 }
-MASKS = {
-    "full": {},
-    "causal": dict(causal=True),
-    "window": dict(window=(100, 0)),
-    "band": dict(window=(63, 65)),
-}
-
-
-def every_other(*axes):
-    """Half of a product: each value beside each of every other axis."""
-    counted = itertools.product(*map(enumerate, axes))
-    return [tuple(value for _, value in each) for each in counted if sum(i for i, _ in each) % 2 == 0]
 
 
 def case_of(headdim: int, **fields) -> CacheCase:

@@ -25,7 +25,7 @@ from flash_attn.launch.hopper import (
 from tests.support import calls, gluon_interpreter
 from tests.support.cases import BF16, CASES, FP16, FP32, Case
 from tests.support.gluon_interpreter import Barrier, Deadlock, Machine, initialise, interpreted, load
-from tests.support.hopper_forms import chosen, each_form, gradients, served
+from tests.support.hopper_forms import MASKS, chosen, each_form, every_other, gradients, served
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
@@ -51,12 +51,6 @@ ROWS = {
     "192": (192, TWO_PARTS),
     "256": (256, FORWARD[256]),
 }
-MASKS = {
-    "full": {},
-    "causal": dict(causal=True),
-    "window": dict(window=(100, 0)),
-    "band": dict(window=(63, 65)),
-}
 LENGTHS = {
     "square": ((257,), (257,)),
     "few keys": ((300, 300), (130, 130)),
@@ -66,12 +60,6 @@ PACKED = {
     "uneven": ((1, 300, 0, 64, 193, 5), (300, 1, 64, 0, 193, 130)),
     "no keys": ((100, 200), (0, 150)),
 }
-
-
-def every_other(*axes):
-    """Half of a product: each value beside each of every other axis."""
-    counted = itertools.product(*map(enumerate, axes))
-    return [tuple(value for _, value in each) for each in counted if sum(i for i, _ in each) % 2 == 0]
 
 
 def check_forward(case: Case, row: str, seed: int) -> None:

@@ -1,6 +1,7 @@
-"""What the Hopper backend serves, and the forms of its backward, for tests that go through all of them."""
+"""What the Hopper backend serves, masks, and the forms of its backward, for tests that go through all of them."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,19 @@ from flash_attn import launch
 from flash_attn.launch.hopper import CROWDED, ONE_PASS, TWO_PASS, head_dim_pad
 from tests.support import calls
 from tests.support.cases import FP32, Case
+
+MASKS = {
+    "full": {},
+    "causal": dict(causal=True),
+    "window": dict(window=(100, 0)),
+    "band": dict(window=(63, 65)),
+}
+
+
+def every_other(*axes):
+    """Half of a product: each value beside each of every other axis."""
+    counted = itertools.product(*map(enumerate, axes))
+    return [tuple(value for _, value in each) for each in counted if sum(i for i, _ in each) % 2 == 0]
 
 
 def served(case: Case) -> bool:
