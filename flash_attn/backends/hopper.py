@@ -19,7 +19,7 @@ from flash_attn.backends.fixed_arguments import (
     page_numbers,
     statistic_strides,
 )
-from flash_attn.backends.launcher import Launcher
+from flash_attn.backends.launcher import Launcher, compile_together
 from flash_attn.hardware import Hardware, device_guard
 from flash_attn.launch.decode import few_queries, keys_per_split
 from flash_attn.launch.forward import work
@@ -139,14 +139,16 @@ def backward(
     """One pass, with dq reduced in fp32 between a launch that clears it and one that converts it; or two passes."""
     delta = torch.empty_like(softmax_lse)
     memo = {} if operands.memo is None else operands.memo
-    launch = memo.get("backward")
-    if launch is None:
-        from flash_attn.backends.hopper_backward import bind_backward
-
-        launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
     device = operands.q.device
     with device_guard(device):
-        launch(operands, dout, out, softmax_lse, delta, gradients, tile_counter(device))
+        tensors = operands, dout, out, softmax_lse, delta, gradients, tile_counter(device)
+        launch = memo.get("backward")
+        if launch is None:
+            from flash_attn.backends.hopper_backward import bind_backward
+
+            launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+            compile_together(lambda: launch(*tensors))
+        launch(*tensors)
     return delta
 
 

@@ -25,7 +25,7 @@ from flash_attn.backends.fixed_arguments import (
     strides,
     tile_constants,
 )
-from flash_attn.backends.launcher import Launcher, launch_all
+from flash_attn.backends.launcher import Launcher, compile_together, launch_all
 from flash_attn.hardware import Hardware
 from flash_attn.hardware import of as hardware_of
 from flash_attn.launch.backward import BackwardConfig, dkdv_config, dq_config, one_launch_config
@@ -121,14 +121,16 @@ def backward(
         gradients.dv.zero_()
         return delta
     memo = {} if operands.memo is None else operands.memo
-    launchers = memo.get("backward")
+    bound = launchers = memo.get("backward")
     if launchers is None:
         launchers = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
     q, k, v = operands.q, operands.k, operands.v
     lse_log2 = torch.empty_like(softmax_lse) if len(launchers) > 1 else None
     optional = optional_tensors(operands)
-    rows = softmax_lse, delta, lse_log2
-    launch_all(launchers, q, k, v, out, dout, *gradients, *rows, *optional, operands.dlse)
+    tensors = q, k, v, out, dout, *gradients, softmax_lse, delta, lse_log2, *optional, operands.dlse
+    if bound is None and len(launchers) > 1:
+        compile_together(lambda: launch_all(launchers, *tensors))
+    launch_all(launchers, *tensors)
     return delta
 
 

@@ -8,12 +8,14 @@ assert launches[0].report.spill_bytes == 0
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -117,38 +119,58 @@ class StubDriver(DriverBase):
         return 0
 
 
+class ThreadLog(threading.local):
+    """What each thread writes to standard output."""
+
+    def __init__(self) -> None:
+        self.text = io.StringIO()
+
+    def write(self, text: str) -> int:
+        return self.text.write(text)
+
+    def flush(self) -> None: ...
+
+
 @contextlib.contextmanager
 def compiling_for(architecture: str, cache_dir: str) -> Iterator[list[Launch]]:
     """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture, afresh, and recorded, not run."""
     stub = StubDriver(ARCHITECTURES[architecture].target)
     launches: list[Launch] = []
+    reports: dict[int, Report] = {}  # by the compiled kernel
     kernels: set[JITFunction] = set()
-    original = JITFunction.run
+    run, compile_one, log = JITFunction.run, triton.compiler.compile, ThreadLog()
+
+    def compile_and_report(*arguments: Any, **options: Any) -> Any:
+        log.text = io.StringIO()
+        compiled = compile_one(*arguments, **options)
+        reports[id(compiled)] = _report(compiled, log.text.getvalue())
+        return compiled
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernels.add(kernel)
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            compiled = original(kernel, *arguments, grid=grid, warmup=True, **options)
-        known = next((launch.report for launch in launches if launch.compiled is compiled), None)
-        report = known or _report(compiled, log.getvalue())
-        descriptors = sum(isinstance(argument, TensorDescriptor) for argument in arguments)
-        launches.append(Launch(kernel.__name__, compiled, report, descriptors))
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        if not warmup:
+            descriptors = sum(isinstance(argument, TensorDescriptor) for argument in arguments)
+            launches.append(Launch(kernel.__name__, compiled, reports[id(compiled)], descriptors))
         return compiled
 
     previous = driver._active
     driver.set_active(stub)
     try:
-        with knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope():
+        with knobs.cache.scope(), knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             knobs.cache.dir = cache_dir
             knobs.compilation.always_compile = True
             knobs.nvidia.dump_ptxas_log = True
-            with mock.patch.object(JITFunction, "run", record):
+            with (
+                mock.patch.object(JITFunction, "run", record),
+                mock.patch.object(triton.compiler, "compile", compile_and_report),
+            ):
                 yield launches
     finally:
         driver._active = previous
         for kernel in kernels:
             kernel.device_caches.pop(stub, None)
+            kernel.compile = compile_one
 
 
 def _report(compiled: Any, log: str) -> Report:
