@@ -105,7 +105,7 @@ def _left_to_others(name: str, problem: AttentionProblem, hardware: Hardware) ->
     """Why the automatic choice passes a backend over that does not refuse the problem, or None."""
     backend = load(name)
     leaves = getattr(backend, "left_to_others", None)
-    return None if leaves is None or backend.unsupported(problem, hardware) else leaves(problem)
+    return None if leaves is None or backend.unsupported(problem, hardware) else leaves(problem, hardware)
 
 
 def forward_only(name: str) -> str | None:

@@ -67,7 +67,7 @@ class Backend(Protocol):
     """Five members; a backend says no in a sentence.
 
     One that computes no gradients has a sixth, `forward_only: str`, which says why; one that leaves some problems to others has
-    `left_to_others(problem) -> str | None`, the reason why the automatic choice passes it over.
+    `left_to_others(problem, hardware) -> str | None`, the reason why the automatic choice passes it over.
     """
 
     name: str

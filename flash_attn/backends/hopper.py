@@ -65,11 +65,11 @@ def _copies_across_pages(problem: AttentionProblem) -> str | None:
     return None
 
 
-def left_to_others(problem: AttentionProblem) -> str | None:
+def left_to_others(problem: AttentionProblem, hardware: Hardware) -> str | None:
     """Why the automatic choice passes the backend over for a problem that it can run, or None."""
     if _release() != GLUON_RELEASES[0]:
         return f"has run on a GPU with Triton {GLUON_RELEASES[0]} only; this is {_release()}"
-    if few_queries(problem):
+    if few_queries(problem, hardware):
         return "splits no keys, which so few queries need"
     if problem.layout in CACHED and _mostly_empty(problem):
         return f"has tiles of {2 * CONSUMER_ROWS} queries at least, of which so few would leave most of each empty"

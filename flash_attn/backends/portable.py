@@ -85,7 +85,11 @@ def _interpreting() -> bool:
 
 def forward(problem: AttentionProblem, operands: Operands, return_scores: bool = False) -> ForwardResult:
     """One launch; a second one for the dropout scores when asked for, or to merge splits where queries are few."""
-    if few_queries(problem) and keys_per_split() is None:
+    memo = {} if operands.memo is None else operands.memo
+    if "shares_keys" not in memo:
+        hardware = hardware_of(operands.q.device)
+        memo["shares_keys"] = keys_per_split() is None and few_queries(problem, hardware)
+    if memo["shares_keys"]:
         from flash_attn.backends import portable_cache
 
         return portable_cache.attend_few_queries(problem, operands)

@@ -25,17 +25,19 @@ from flash_attn.backends.launcher import Launcher
 from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     APPEND_ROWS,
+    MAX_PACKED_ROWS,
     MERGE_SPLITS,
+    WIDE_ROWS,
     DecodeConfig,
     block_m,
     chained,
     decode_config,
     gathering,
     keys_per_split,
-    num_warps,
     prefers_decode,
     split_count,
     starts_early,
+    wide,
 )
 from flash_attn.launch.forward import forward_config, head_dim_pad, pipeline_stages
 from flash_attn.launch.rotary import power_of_two
@@ -175,7 +177,7 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
 def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int, forward_tiles: float) -> Decode | None:
     """The launches of the decode kernel, or None where a forward kernel with so many tiles suits the queries better."""
     hardware = portable.hardware_of(operands.q.device)
-    packed_rows, num_tiles = operands.q.shape[1] * group_size(operands), decode_tiles(operands)
+    packed_rows, num_tiles = operands.q.shape[1] * group_size(operands), decode_tiles(operands, WIDE_ROWS)
     if keys_per_split() is not None:
         num_splits = 0
     if not prefers_decode(problem, packed_rows, num_tiles, forward_tiles, num_splits, hardware):
@@ -183,11 +185,10 @@ def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int, 
     return share_out(problem, operands, num_splits)
 
 
-def decode_tiles(operands: Operands) -> int:
-    """Tiles of the decode kernel, each with all keys that its queries see."""
+def decode_tiles(operands: Operands, rows: int) -> int:
+    """Tiles of the decode kernel of so many rows, each with all keys that its queries see."""
     packed_rows = operands.max_seqlen_q * group_size(operands)
-    sequences = fixed_arguments(operands).batch_size
-    return math.ceil(packed_rows / block_m(packed_rows)) * sequences * operands.k.shape[-2]
+    return math.ceil(packed_rows / rows) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
 
 
 def group_size(operands: Operands) -> int:
@@ -198,8 +199,11 @@ def group_size(operands: Operands) -> int:
 def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) -> Decode:
     """The launches for tensors like these; `num_splits` 0 leaves the choice."""
     hardware = portable.hardware_of(operands.q.device)
-    per_split, num_tiles = keys_per_split(), decode_tiles(operands)
-    config = decode_config(problem, num_tiles, operands.block_table is not None, hardware)
+    per_split = keys_per_split()
+    packed_rows = operands.max_seqlen_q * group_size(operands)
+    rows = block_m(packed_rows, WIDE_ROWS if wide(problem, hardware) else MAX_PACKED_ROWS)
+    num_tiles = decode_tiles(operands, rows)
+    config = decode_config(problem, rows, num_tiles, operands.block_table is not None, hardware)
     gathered = operands.block_table is not None and pages_of_block(operands, config.block_n) is None
     num_blocks = math.ceil(visible_keys(operands) / config.block_n)
     fixed_blocks = None
@@ -207,11 +211,12 @@ def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) ->
         fixed_blocks = math.ceil(per_split / config.block_n)
         num_splits = math.ceil(operands.max_seqlen_k / (fixed_blocks * config.block_n))
     elif num_splits == 0:
-        num_splits = split_count(num_tiles, num_blocks, gathered, hardware, config)
+        slow_alone = gathered or rows > MAX_PACKED_ROWS
+        num_splits = split_count(num_tiles, num_blocks, slow_alone, hardware, config)
     num_splits = max(1, num_splits)
     if gathered:
         config = gathering(config, math.ceil(num_blocks / num_splits))
-    return bind_decode(problem, operands, hardware, config, num_tiles, num_splits, fixed_blocks)
+    return bind_decode(problem, operands, hardware, config, rows, num_splits, fixed_blocks)
 
 
 def visible_keys(operands: Operands) -> int:
@@ -227,11 +232,11 @@ def bind_decode(
     operands: Operands,
     hardware: Hardware,
     config: DecodeConfig,
-    num_tiles: int,
+    rows: int,
     num_splits: int,
     fixed_blocks: int | None,
 ) -> Decode:
-    """The launches for tensors like these."""
+    """The launches for tensors like these, with tiles of so many rows."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.decode import attn_decode_split_kernel
 
@@ -264,7 +269,6 @@ def bind_decode(
             *numbers,
         )
 
-    rows = block_m(operands.max_seqlen_q * group)
     constants = {
         "PARTS": parts,
         "PAGES": pages_of_block(operands, config.block_n),
@@ -277,8 +281,8 @@ def bind_decode(
         "STAGES": num_stages,
     }
     kinds = (*[arguments.Tensor] * 4, *[None] * 6, arguments.Score)
-    options = {"num_warps": num_warps(config, rows, problem.headdim), "num_stages": num_stages}
-    num_programs = num_tiles * num_splits if q.numel() else 0
+    options = {"num_warps": config.num_warps, "num_stages": num_stages}
+    num_programs = decode_tiles(operands, rows) * num_splits if q.numel() else 0
     early = starts_early(num_programs, hardware)
     split = Launcher(attn_decode_split_kernel, num_programs, build, kinds, constants, options, early)
     return Decode(split, statistic_like(q), bind_merge(operands, num_splits) if parts else None)

@@ -5,6 +5,7 @@ CUDA graph could not replay it.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 from flash_attn.hardware import Hardware
@@ -13,7 +14,8 @@ from flash_attn.launch.forward import head_dim_pad
 from flash_attn.problem import AttentionProblem
 
 MAX_SPLITS = 128
-MAX_PACKED_ROWS = 64  # of the query heads of one key head: the largest tile of the decode kernel
+MAX_PACKED_ROWS = 64  # of the query heads of one key head: the largest tile where not `wide`
+WIDE_ROWS = 128
 MERGE_SPLITS = 32  # parts a step of the merge kernel; one constant, so that no bit depends on the number of splits
 APPEND_ROWS = 16  # (token, head) rows of a program of the append kernel
 
@@ -28,16 +30,25 @@ class DecodeConfig(NamedTuple):
     gather_stages: int | None = None  # in place of num_stages for short loops over gathered keys; see `gathering`
 
 
-def decode_config(problem: AttentionProblem, num_tiles: int, paged: bool, hardware: Hardware) -> DecodeConfig:
-    """The configuration for `num_tiles` tiles of queries.
+def decode_config(
+    problem: AttentionProblem, rows: int, num_tiles: int, paged: bool, hardware: Hardware
+) -> DecodeConfig:
+    """The configuration for `num_tiles` tiles of `rows` rows, see `block_m`.
 
     Paged or not, it has the same blocks and warps, so that pages change no bit of a result; where batch invariance was asked
     for, whatever the number of tiles.
     """
-    kind = problem.dtype, problem.headdim, paged, hardware
+    pinned = pinned_config("decode")
+    if pinned is not None:
+        return pinned
+    pad, kind = head_dim_pad(problem.headdim), (problem.dtype, problem.headdim, paged, hardware)
+    if wide(problem, hardware) and (rows, pad) in HOPPER_MANY_ROWS:
+        return HOPPER_MANY_ROWS[rows, pad]
     room = _choose(False, *kind).programs_per_sm * hardware.num_sms
-    crowded = keys_per_split() is None and num_tiles > room
-    return pinned_config("decode") or _choose(crowded, *kind)
+    config = _choose(keys_per_split() is None and num_tiles > room, *kind)
+    # a tile of many rows would fill the registers of the usual warps
+    fewest = 8 if rows * pad >= LARGE_TILE else 4 if rows > 16 else 1
+    return config._replace(num_warps=max(config.num_warps, fewest))
 
 
 def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
@@ -46,26 +57,34 @@ def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
     return config if stages is None or num_blocks > SHORT_GATHER else config._replace(num_stages=stages)
 
 
-def block_m(packed_rows: int) -> int:
+def wide(problem: AttentionProblem, hardware: Hardware) -> bool:
+    """Whether tiles of WIDE_ROWS rows suit more queries than a tile of MAX_PACKED_ROWS holds: 16-bit rows, whose alignment the
+    compiler knows, on Hopper."""
+    return hardware.arch == "sm_90" and problem.dtype != "float32" and problem.headdim % 16 == 0
+
+
+def block_m(packed_rows: int, largest: int = MAX_PACKED_ROWS) -> int:
     """Rows of a tile that holds the query heads of one key head; tensor-core products need 16."""
-    return max(16, min(1 << (packed_rows - 1).bit_length(), MAX_PACKED_ROWS))
+    return max(16, min(1 << (packed_rows - 1).bit_length(), largest))
 
 
-def num_warps(config: DecodeConfig, rows: int, headdim: int) -> int:
-    """Warps of a program: more where a tile of many rows would fill the registers of the usual ones."""
-    if rows * head_dim_pad(headdim) >= WIDE_TILE:
-        return max(config.num_warps, 8)
-    return max(config.num_warps, 4) if rows > 16 else config.num_warps
+def few_queries(problem: AttentionProblem, hardware: Hardware) -> bool:
+    """Whether the decode kernel suits a forward: many keys wait for the queries, and one tile holds those of a key head, or a
+    few tiles would leave SMs idle and `prefers_decode` says that sharing their keys out is worth a merge.
 
-
-def few_queries(problem: AttentionProblem) -> bool:
-    """Whether the decode kernel suits a forward: one tile holds the queries of a key head, and many keys wait for them.
-
-    The forward kernel would read those keys in one program for each query head.
+    The forward kernel would read those keys in one program for each tile and query head. Backends choose for themselves
+    between the kernels for more than a tile of queries of a cache.
     """
-    packed_rows = problem.seqlen_q * (problem.nheads // max(1, problem.nheads_k))
+    rows = problem.seqlen_q * (problem.nheads // max(1, problem.nheads_k))
     many = max(MANY_KEYS, KEYS_PER_QUERY * problem.seqlen_q)
-    return 0 < packed_rows <= MAX_PACKED_ROWS and problem.seqlen_k >= many and not problem.dropout
+    if rows == 0 or problem.seqlen_k < many or problem.dropout:
+        return False
+    if rows <= MAX_PACKED_ROWS or problem.layout in ("cache", "paged_cache"):
+        return rows <= MAX_PACKED_ROWS
+    forward_tiles = math.ceil(problem.seqlen_q / FORWARD_ROWS) * problem.batch_size * problem.nheads
+    num_tiles = math.ceil(rows / WIDE_ROWS) * problem.batch_size * problem.nheads_k
+    idle = forward_tiles < hardware.num_sms
+    return idle and prefers_decode(problem, rows, num_tiles, forward_tiles, 0, hardware)
 
 
 def chained(hardware: Hardware) -> bool:
@@ -81,6 +100,7 @@ def starts_early(num_programs: int, hardware: Hardware) -> bool:
 
 MANY_KEYS = 256  # with fewer the forward kernel ends before a second launch could begin
 KEYS_PER_QUERY = 16
+FORWARD_ROWS = 128  # queries of a forward kernel's tile, as a rule
 
 
 def keys_per_split() -> int | None:
@@ -96,8 +116,8 @@ def prefers_decode(
     num_splits: int,
     hardware: Hardware,
 ) -> bool:
-    """Whether the decode kernel suits the queries: one tile holds them, or its `num_tiles`, spread over all SMs, are done
-    before the forward kernel's `forward_tiles`, each on one.
+    """Whether the decode kernel suits the queries: one tile holds them, or its `num_tiles` of WIDE_ROWS rows, spread over all
+    SMs, are done before the forward kernel's `forward_tiles`, each on one.
 
     Splits that were asked for need it. Batch invariance does not (a row's sums in the forward kernel know no other rows), but
     needs a choice that no batch size changes. Time is in shares of an SM, as many as there are in that of a forward tile.
@@ -105,40 +125,42 @@ def prefers_decode(
     if packed_rows <= MAX_PACKED_ROWS or num_splits > 1:
         return True
     spread = DECODE_TILE[head_dim_pad(problem.headdim)] * num_tiles
-    merge = hardware.num_sms * MERGE_KEYS / max(1, problem.seqlen_k)
+    merged = MERGE_KEYS + MERGE_KEYS_PER_ROW * problem.batch_size * problem.nheads * problem.seqlen_q
+    merge = hardware.num_sms * merged / max(1, problem.seqlen_k)
     return keys_per_split() is None and spread + merge < max(hardware.num_sms, forward_tiles)
 
 
 @functools.lru_cache(maxsize=4096)
-def split_count(num_programs: int, num_blocks: int, gathered: bool, hardware: Hardware, config: DecodeConfig) -> int:
+def split_count(num_programs: int, num_blocks: int, slow_alone: bool, hardware: Hardware, config: DecodeConfig) -> int:
     """Splits for the least time, where `num_programs` programs read `num_blocks` blocks of keys each.
 
     In units of the time in which an SM reads one block. Its programs share its part of the memory's bandwidth, so what counts
-    is how many the busiest one has; a lone program reaches all of it but where it gathers keys from pages (GATHERED_ALONE).
+    is how many the busiest one has; a lone program reaches all of it but where it is `slow_alone`, because it gathers keys from
+    pages or has many rows to compute.
     """
 
     def duration(splits: int) -> float:
         programs = -(-num_programs * splits // hardware.num_sms)  # of the busiest SM
         waves = -(-programs // config.programs_per_sm)
         merge = 0.0 if splits == 1 else MERGE_BLOCKS + splits * MERGE_BLOCKS_PER_SPLIT
-        alone = GATHERED_ALONE if gathered else 1.0
+        alone = SLOW_ALONE if slow_alone and config.programs_per_sm > 1 else 1.0
         return max(programs, alone) * -(-num_blocks // splits) + waves * STARTUP_BLOCKS + merge
 
     return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=duration)
 
 
-WIDE_TILE = 64 * 128
+LARGE_TILE = 64 * 128
 
 # of `prefers_decode`: a tile of the decode kernel in tiles of the forward kernels, by head dim; the keys that one of those
-# works through while parts are merged. H200, 32 to 384 queries over 1k to 32k keys, 2026-12-01
-DECODE_TILE = {16: 0.9, 32: 0.9, 64: 0.9, 128: 1.8, 256: 2.1}
-MERGE_KEYS = 680
+# works through while parts are merged, by their rows. H200, 128 to 1024 queries over 1k to 32k keys, 2026-12-01
+DECODE_TILE = {16: 1.3, 32: 1.3, 64: 1.3, 128: 1.9, 256: 1.9}
+MERGE_KEYS, MERGE_KEYS_PER_ROW = 500, 0.25
 
 # of `split_count`; H200, 2026-11-22
 STARTUP_BLOCKS = 2.0
 MERGE_BLOCKS = 2.0
 MERGE_BLOCKS_PER_SPLIT = 0.03
-GATHERED_ALONE = 1.2
+SLOW_ALONE = 1.2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,6 +198,19 @@ HOPPER_MANY_PAGED = HOPPER_MANY | {64: DecodeConfig(64, 2, 4, 4)}
 # Of gathered keys the page's number travels first: a loop begins sooner with fewer blocks in flight (up to 10 % for 4 blocks, 0
 # to 3 % for 62 to 128), and is 1 to 2 % slower when it runs for 256.
 SHORT_GATHER = 128
+# By rows and head dim, for tiles whose products count as much as their bytes. With 128 rows 1.2 to 1.9 times as fast as with 64
+# rows and 8 warps: 128 to 512 queries over 8k and 32k keys. With 64 rows 1.04 to 1.8 times as fast with 4 warps as with 8, and
+# with 3 stages, which leave room for a second program on an SM: 64 rows of 8 to 512 key heads over 2k and 8k keys.
+# bf16, 2026-12-01
+HOPPER_MANY_ROWS = {
+    (64, 64): DecodeConfig(64, 4, 3, 2),
+    (64, 128): DecodeConfig(64, 4, 3, 2),
+    (128, 16): DecodeConfig(64, 4, 3, 2),
+    (128, 32): DecodeConfig(64, 4, 3, 2),
+    (128, 64): DecodeConfig(64, 4, 3, 2),
+    (128, 128): DecodeConfig(64, 8, 3, 1),
+    (128, 256): DecodeConfig(64, 8, 2, 1),
+}
 # unmeasured hardware: chosen to fit the smallest shared memory of the family
 NVIDIA = {
     16: DecodeConfig(64, 4, 3, 4),

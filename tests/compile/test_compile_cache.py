@@ -119,6 +119,7 @@ VARIANTS = [
     *(v for arch in ("sm_90", "sm_80", "gfx942") for v in (*features(arch), *shapes(arch))),
     *(Variant("sm_90", d, seqlen_q=16, page=p) for d in (64, 256) for p in (0, 16)),
     *(Variant("sm_90", d, seqlen_q=n, page=p, batch_size=64) for d in (64, 128, 256) for n in (1, 16) for p in (0, 16)),
+    *(Variant("sm_90", d, seqlen_q=128, nheads=8, page=p, scores=not p) for d in (16, 64, 128, 256) for p in (0, 16)),
     Variant("sm_90", 128, nheads_k=32),
     Variant("sm_90", 256, page=16),
     Variant("sm_90", 40, new=True, rotary="halves"),

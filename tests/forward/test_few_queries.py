@@ -12,6 +12,7 @@ import torch
 import flash_attn_2_cuda
 from flash_attn import flash_attn_varlen_func, launch
 from flash_attn.backends import portable_cache
+from flash_attn.hardware import Hardware
 from flash_attn.launch import decode
 from flash_attn.launch.decode import MANY_KEYS, few_queries
 from flash_attn.problem import AttentionProblem
@@ -20,6 +21,7 @@ from tests.support.cases import FEW_QUERIES_CASES, FP16, SMALL_FEW_QUERIES_CASES
 from tests.support.inputs import make_inputs
 from tests.support.tolerance import expected
 
+H200, SMALL_GPU = Hardware("cuda", "sm_90", 132, 227 * 1024), Hardware("cuda", "sm_86", 20, 99 * 1024)
 GPU_CASES = FEW_QUERIES_CASES + with_sinks(FEW_QUERIES_CASES[::4])
 
 
@@ -35,6 +37,7 @@ def shared_out(monkeypatch):
     seen = []
     monkeypatch.setattr(decode, "MANY_KEYS", 32)
     monkeypatch.setattr(decode, "KEYS_PER_QUERY", 8)
+    monkeypatch.setattr(decode, "prefers_decode", lambda *_sizes: True)
     attend = portable_cache.attend_few_queries
     monkeypatch.setattr(portable_cache, "attend_few_queries", lambda *call: seen.append(call) or attend(*call))
     return seen
@@ -191,11 +194,26 @@ def test_batch_invariance_keeps_the_forward_kernel(device, seed, shared_out):
 
 def test_what_counts_as_few():
     problem = AttentionProblem("dense", "bfloat16", 1, 1, MANY_KEYS, 32, 8, 128)
-    assert few_queries(problem)
-    assert few_queries(problem._replace(seqlen_q=16, seqlen_k=256))
-    assert not few_queries(problem._replace(seqlen_q=16, seqlen_k=255)), "16 keys a query"
-    assert not few_queries(problem._replace(seqlen_q=32, seqlen_k=1 << 20)), "more rows than a tile"
-    assert few_queries(problem._replace(seqlen_q=16, nheads_k=32, seqlen_k=1 << 20))
-    assert not few_queries(problem._replace(seqlen_k=MANY_KEYS - 1))
-    assert not few_queries(problem._replace(dropout=True)), "the decode kernel drops nothing"
-    assert not few_queries(problem._replace(seqlen_q=0)) and not few_queries(problem._replace(nheads=0))
+    assert few_queries(problem, H200)
+    assert few_queries(problem._replace(seqlen_q=16, seqlen_k=256), H200)
+    assert not few_queries(problem._replace(seqlen_q=16, seqlen_k=255), H200), "16 keys a query"
+    assert few_queries(problem._replace(seqlen_q=16, nheads_k=32, seqlen_k=1 << 20), H200)
+    assert not few_queries(problem._replace(seqlen_k=MANY_KEYS - 1), H200)
+    assert not few_queries(problem._replace(dropout=True), H200), "the decode kernel drops nothing"
+    assert not few_queries(problem._replace(seqlen_q=0), H200) and not few_queries(problem._replace(nheads=0), H200)
+
+
+def test_few_tiles_count_as_few_where_a_merge_pays():
+    """Heads and sequences that leave most of a GPU idle when each tile stays with one program."""
+    chunk = AttentionProblem("varlen", "bfloat16", 1, 128, 8192, 8, 8, 128, (None, 0))
+    assert few_queries(chunk, H200)
+    assert not few_queries(chunk._replace(nheads=64, nheads_k=64), H200), "128 tiles of the decode kernel fill no gap"
+    assert not few_queries(chunk._replace(batch_size=32, headdim=64), H200), (
+        "256 tiles of the forward kernel leave none"
+    )
+    assert not few_queries(chunk._replace(layout="paged_cache"), H200), "`attend_cache` chooses"
+    assert not few_queries(chunk._replace(nheads=16, nheads_k=16), SMALL_GPU), (
+        "20 multiprocessors are busy with 16 tiles"
+    )
+    with launch.pinned(keys_per_split=256):
+        assert not few_queries(chunk, H200), "the batch would choose the kernel"

@@ -8,6 +8,7 @@ from flash_attn.hardware import Hardware
 from flash_attn.launch.decode import (
     MAX_SPLITS,
     SHORT_GATHER,
+    WIDE_ROWS,
     DecodeConfig,
     block_m,
     decode_config,
@@ -15,6 +16,7 @@ from flash_attn.launch.decode import (
     keys_per_split,
     prefers_decode,
     split_count,
+    wide,
 )
 from flash_attn.launch.forward import pipeline_stages
 from flash_attn.problem import AttentionProblem
@@ -55,6 +57,27 @@ def test_tiles_hold_a_group(rows, tile):
     assert block_m(rows) == tile
 
 
+@pytest.mark.parametrize("rows, tile", [(1, 16), (64, 64), (65, 128), (128, 128), (4000, 128)])
+def test_wide_tiles_hold_more(rows, tile):
+    assert block_m(rows, WIDE_ROWS) == tile
+
+
+def test_what_has_wide_tiles():
+    """What was measured: 16-bit rows, whose alignment the compiler knows, on Hopper."""
+    problem = AttentionProblem("cache", "float16", 1, 512, 8192, 8, 8, 64)
+    assert wide(problem, H200)
+    assert not wide(problem, SMALL_GPU) and not wide(problem._replace(dtype="float32"), H200)
+    assert not wide(problem._replace(headdim=40), H200)
+    for headdim in (16, 32, 64, 128, 256):
+        config = decode_config(problem._replace(headdim=headdim), WIDE_ROWS, 8, False, H200)
+        assert config == decode_config(problem._replace(headdim=headdim), WIDE_ROWS, 10_000, True, H200)
+
+
+def test_lone_programs_with_many_rows_are_split_where_two_fit():
+    assert split_count(32, 128, True, H200, CONFIG) == 8
+    assert split_count(32, 128, True, H200, CONFIG._replace(programs_per_sm=1)) == 4
+
+
 def test_the_forward_kernel_takes_long_chunks():
     problem = AttentionProblem("cache", "bfloat16", 1, 128, 8192, 32, 8, 128)
     assert prefers_decode(problem, 64, 10**6, 10**6, 0, H200)
@@ -64,32 +87,39 @@ def test_the_forward_kernel_takes_long_chunks():
         assert not prefers_decode(problem, 65, 1, 1000, 0, H200), "the batch would choose the kernel"
 
 
-# (head dim, queries, heads, key heads, keys, tiles of the decode kernel, of the forward kernel): us of the one, of the other
+# (head dim, queries, heads, key heads, keys): us of the decode kernel, of the forward kernel
 MEASURED = {
-    (128, 128, 8, 8, 8192, 16, 8): (33, 104),
-    (128, 128, 32, 8, 8192, 64, 32): (94, 105),
-    (128, 256, 32, 8, 8192, 128, 64): (155, 106),
-    (128, 384, 32, 8, 8192, 192, 96): (273, 110),
-    (128, 128, 32, 8, 32768, 64, 32): (299, 378),
-    (128, 128, 32, 8, 1024, 64, 32): (35, 25),
-    (64, 128, 32, 8, 8192, 64, 32): (48, 85),
-    (64, 256, 32, 8, 8192, 128, 64): (72, 88),
-    (64, 384, 32, 8, 8192, 192, 96): (133, 89),
-    (64, 128, 32, 8, 1024, 64, 32): (22, 20),
-    (256, 128, 16, 16, 8192, 32, 16): (91, 173),
-    (256, 256, 32, 8, 8192, 128, 64): (315, 174),
-    (256, 128, 32, 8, 1024, 64, 32): (46, 33),
+    (128, 128, 8, 8, 8192): (26.9, 105.2),
+    (128, 512, 8, 8, 8192): (60.6, 104.2),
+    (128, 512, 8, 8, 32768): (163.5, 374.7),
+    (128, 1024, 8, 8, 16384): (177.2, 195.3),
+    (128, 128, 32, 8, 8192): (60.3, 104.2),
+    (128, 256, 32, 8, 8192): (109.2, 104.9),
+    (128, 384, 32, 8, 8192): (167.5, 107.2),
+    (128, 128, 8, 8, 1024): (17.3, 19.1),
+    (128, 128, 32, 8, 1024): (30.9, 19.6),
+    (64, 128, 32, 8, 8192): (39.9, 85.0),
+    (64, 256, 32, 8, 8192): (68.7, 86.7),
+    (64, 384, 32, 8, 8192): (119.3, 86.7),
+    (64, 512, 8, 8, 8192): (40.4, 83.7),
+    (64, 128, 32, 8, 1024): (22.4, 15.6),
+    (256, 128, 16, 16, 8192): (64.2, 172.4),
+    (256, 256, 16, 4, 8192): (93.5, 170.3),
+    (256, 256, 32, 8, 8192): (171.3, 171.8),
+    (256, 128, 32, 8, 1024): (38.8, 42.7),
+    (32, 256, 16, 16, 8192): (33.8, 97.5),
 }
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_a_few_tiles_of_queries_go_to_the_faster_kernel(case):
     """On an H200, 2026-12-01, bf16, one causal sequence."""
-    headdim, seqlen_q, nheads, nheads_k, seqlen_k, decode_tiles, forward_tiles = case
+    headdim, seqlen_q, nheads, nheads_k, seqlen_k = case
     problem = AttentionProblem("cache", "bfloat16", 1, seqlen_q, seqlen_k, nheads, nheads_k, headdim, (None, 0))
-    decode, forward = MEASURED[case]
-    rows = seqlen_q * nheads // nheads_k
-    assert prefers_decode(problem, rows, decode_tiles, forward_tiles, 0, H200) == (decode < forward)
+    rows, (decode, forward) = seqlen_q * nheads // nheads_k, MEASURED[case]
+    tiles, forward_tiles = -(-rows // WIDE_ROWS) * nheads_k, -(-seqlen_q // 128) * nheads
+    chosen = prefers_decode(problem, rows, tiles, forward_tiles, 0, H200)
+    assert (decode if chosen else forward) <= 1.15 * min(decode, forward)
 
 
 @pytest.mark.parametrize("headdim", [1, 8, 16, 32, 40, 64, 96, 128, 256])
@@ -100,7 +130,8 @@ def test_every_problem_has_a_configuration(arch, dtype, headdim):
     problem = AttentionProblem("cache", dtype, 4, 1, 4096, 32, 8, headdim)
     for num_tiles in (1, 10_000):
         plain, paged = (
-            decode_config(problem, num_tiles, pages, Hardware(kind, arch, 100, 64 * 1024)) for pages in (False, True)
+            decode_config(problem, 16, num_tiles, pages, Hardware(kind, arch, 100, 64 * 1024))
+            for pages in (False, True)
         )
         assert plain.block_n in (16, 32, 64, 128) and plain.num_warps in (2, 4, 8)
         assert plain[:2] == paged[:2] == gathering(paged, 1)[:2], "pages would change bits of a result"
@@ -115,10 +146,10 @@ def test_short_loops_over_gathered_keys_have_fewer_stages():
 def test_many_tiles_run_in_small_programs():
     """Together on the GPU rather than in waves; but for batch invariance, which no batch may change."""
     problem = AttentionProblem("cache", "bfloat16", 4, 1, 4096, 32, 8, 128)
-    few, many = (decode_config(problem, tiles, False, H200) for tiles in (2 * H200.num_sms, 2 * H200.num_sms + 1))
+    few, many = (decode_config(problem, 16, tiles, False, H200) for tiles in (2 * H200.num_sms, 2 * H200.num_sms + 1))
     assert few.programs_per_sm == 2 < many.programs_per_sm and few.num_warps > many.num_warps
     with launch.pinned(keys_per_split=256):
-        assert decode_config(problem, 10_000, False, H200) == few
+        assert decode_config(problem, 16, 10_000, False, H200) == few
 
 
 def test_a_lone_program_that_gathers_keys_is_split():
@@ -130,8 +161,8 @@ def test_pins():
     pinned = DecodeConfig(32, 2, 2, 1)
     problem = AttentionProblem("cache", "float16", 4, 1, 4096, 32, 8, 64)
     with launch.pinned(decode=pinned, keys_per_split=256):
-        assert decode_config(problem, 8, False, H200) is pinned and keys_per_split() == 256
-    assert decode_config(problem, 8, False, H200) != pinned and keys_per_split() is None
+        assert decode_config(problem, 16, 8, False, H200) is pinned and keys_per_split() == 256
+    assert decode_config(problem, 16, 8, False, H200) != pinned and keys_per_split() is None
 
 
 def test_pages_take_a_load_more():

@@ -59,7 +59,7 @@ def problem(**changes) -> AttentionProblem:
 
 
 needs_gluon = pytest.mark.skipif(
-    hopper.unsupported(problem(), HOPPER) is not None or hopper.left_to_others(problem()) is not None,
+    hopper.unsupported(problem(), HOPPER) is not None or hopper.left_to_others(problem(), HOPPER) is not None,
     reason="not the release of Triton that the kernels have run with on a GPU",
 )
 
@@ -161,12 +161,12 @@ def test_what_it_serves(changes):
 def test_small_problems_are_left_to_the_portable_backend():
     """Unless the backend is asked for by name."""
     small = problem(batch_size=1, seqlen_q=256, seqlen_k=256, nheads=8)
-    assert hopper.left_to_others(small) is not None and hopper.left_to_others(problem()) is None
+    assert hopper.left_to_others(small, HOPPER) is not None and hopper.left_to_others(problem(), HOPPER) is None
     assert select_backend(small, HOPPER).name == "portable"
     with use("hopper"):
         assert select_backend(small, HOPPER).name == "hopper"
     assert explain(small, HOPPER)["portable"] == "runs it"
-    assert explain(small, HOPPER)["hopper"] == f"could run it, but {hopper.left_to_others(small)}"
+    assert explain(small, HOPPER)["hopper"] == f"could run it, but {hopper.left_to_others(small, HOPPER)}"
 
 
 @needs_gluon
@@ -182,11 +182,11 @@ def test_few_queries_are_left_to_the_portable_backend():
 def test_small_is_a_matter_of_work():
     """Queries * keys * heads * head dim * sequences; the threshold itself is enough."""
     edge = problem(batch_size=1, seqlen_q=1024, seqlen_k=1024, nheads=16, headdim=128)
-    assert hopper.left_to_others(edge) is None
+    assert hopper.left_to_others(edge, HOPPER) is None
     for field in ("seqlen_q", "seqlen_k", "nheads", "headdim"):
-        assert hopper.left_to_others(edge._replace(**{field: getattr(edge, field) // 2})) is not None
+        assert hopper.left_to_others(edge._replace(**{field: getattr(edge, field) // 2}), HOPPER) is not None
         half = edge._replace(**{field: getattr(edge, field) // 2}, batch_size=2)
-        assert hopper.left_to_others(half) is None
+        assert hopper.left_to_others(half, HOPPER) is None
 
 
 @needs_gluon

@@ -65,6 +65,12 @@ FEW_QUERIES = {
     "one": [((1, 1), (300, 300)), ((1,), (2049,)), ((1, 1, 1), (256, 256, 256))],
     "several": [((3,), (509,)), ((5, 5), (384, 384)), ((7,), (1000,))],
     "varlen": [((1, 1, 1), (300, 1, 65)), ((2, 0, 3), (500, 40, 0)), ((1, 5, 4), (129, 257, 1030)), ((1, 0), (777, 9))],
+    "tiles": [
+        ((130,), (2200,)),
+        ((1, 200, 70), (300, 2500, 900)),
+        ((65, 65), (2049, 2049)),
+        ((129, 0, 64), (3000, 5, 70)),
+    ],
 }
 
 AXES = {
@@ -134,7 +140,7 @@ def _pairwise_cases(lengths: dict[str, list], axes: dict[str, dict]) -> list[Cas
                 nheads_k=nheads_k,
                 seqlens_q=seqlens_q,
                 seqlens_k=seqlens_k,
-                layout="varlen" if value["lengths"] == "varlen" else "dense",
+                layout="dense" if len(set(seqlens_q)) == len(set(seqlens_k)) == 1 else "varlen",
                 window=window,
                 causal=causal,
                 softcap=value["softcap"],
