@@ -1,6 +1,5 @@
 """Every kind of call compiles for every architecture: into its shared memory, within its spill budget, on its tensor cores."""
 
-import re
 
 import pytest
 import torch
@@ -151,15 +150,8 @@ def faults(variant: Variant, launch: Launch, shared_memory: int) -> list[str]:
         found.append(f"{report.tma} TMA copies from {launch.descriptors} tensor descriptors")
     if not allowed.serialised:
         found += report.warnings
-    if report.wgmma and len(set(_buffers(launch))) > 1:
-        found.append(f"gives its tiles {_buffers(launch)} buffers: a copy may overwrite what a product still reads")
+    found += launch.short_of_buffers
     return [f"{launch.kernel} {words}: {report}" for words in found]
-
-
-def _buffers(launch: Launch) -> list[int]:
-    """How many buffers each pipelined tile of 16-bit numbers has; a wgmma may still read one when the next copy begins."""
-    pattern = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+xb?f16"
-    return [int(count) for count in re.findall(pattern, launch.compiled.asm["ttgir"])]
 
 
 def _kind(variant: Variant) -> str:

@@ -193,7 +193,7 @@ def faults(variant: Variant, launch: Launch) -> list[str]:
     aligned = variant.headdim % 16 == 0  # the compiler knows of strides whether 16 divides them
     if attends and aligned and variant.arch == "sm_90" and report.cp_async == 0:
         found.append("does not load asynchronously")
-    return [f"{launch.kernel} {words}: {report}" for words in [*found, *report.warnings]]
+    return [f"{launch.kernel} {words}: {report}" for words in [*found, *report.warnings, *launch.short_of_buffers]]
 
 
 @pytest.mark.parametrize("feature", features("sm_90"), ids=str)

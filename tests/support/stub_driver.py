@@ -86,6 +86,15 @@ class Launch:
     report: Report
     descriptors: int  # tensor descriptors among its arguments
 
+    @property
+    def short_of_buffers(self) -> list[str]:
+        """What is wrong with its tiles of 16-bit numbers, which are pipelined alike; a wgmma may still read one when the next
+        copy begins."""
+        pattern = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+xb?f16"
+        counts = re.findall(pattern, self.compiled.asm["ttgir"]) if self.report.wgmma else []
+        words = f"gives its tiles {counts} buffers: a copy may overwrite what a product still reads"
+        return [words] if len(set(counts)) > 1 else []
+
 
 class StubDriver(DriverBase):
     """Answers what Triton asks of a driver before it launches. It is its own device: none shares binaries with another."""
