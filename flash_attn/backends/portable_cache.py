@@ -177,18 +177,22 @@ def bind_append(operands: Operands, append: Append, q_rotated: Tensor) -> Launch
 def plan_decode(problem: AttentionProblem, operands: Operands, num_splits: int, forward_tiles: float) -> Decode | None:
     """The launches of the decode kernel, or None where a forward kernel with so many tiles suits the queries better."""
     hardware = portable.hardware_of(operands.q.device)
-    packed_rows, num_tiles = operands.q.shape[1] * group_size(operands), decode_tiles(operands, WIDE_ROWS)
+    rows, num_tiles = packed_rows(operands), decode_tiles(operands, WIDE_ROWS)
     if keys_per_split() is not None:
         num_splits = 0
-    if not prefers_decode(problem, packed_rows, num_tiles, forward_tiles, num_splits, hardware):
+    if not prefers_decode(problem, rows, num_tiles, forward_tiles, num_splits, hardware):
         return None
     return share_out(problem, operands, num_splits)
 
 
 def decode_tiles(operands: Operands, rows: int) -> int:
     """Tiles of the decode kernel of so many rows, each with all keys that its queries see."""
-    packed_rows = operands.max_seqlen_q * group_size(operands)
-    return math.ceil(packed_rows / rows) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
+    return math.ceil(packed_rows(operands) / rows) * fixed_arguments(operands).batch_size * operands.k.shape[-2]
+
+
+def packed_rows(operands: Operands) -> int:
+    """Rows of the longest sequence's queries with the query heads of a key head side by side."""
+    return operands.max_seqlen_q * group_size(operands)
 
 
 def group_size(operands: Operands) -> int:
@@ -200,8 +204,7 @@ def share_out(problem: AttentionProblem, operands: Operands, num_splits: int) ->
     """The launches for tensors like these; `num_splits` 0 leaves the choice."""
     hardware = portable.hardware_of(operands.q.device)
     per_split = keys_per_split()
-    packed_rows = operands.max_seqlen_q * group_size(operands)
-    rows = block_m(packed_rows, WIDE_ROWS if wide(problem, hardware) else MAX_PACKED_ROWS)
+    rows = block_m(packed_rows(operands), WIDE_ROWS if wide(problem, hardware) else MAX_PACKED_ROWS)
     num_tiles = decode_tiles(operands, rows)
     config = decode_config(problem, rows, num_tiles, operands.block_table is not None, hardware)
     gathered = operands.block_table is not None and pages_of_block(operands, config.block_n) is None

@@ -1,6 +1,5 @@
 """Every kind of call compiles for every architecture: into its shared memory, within its spill budget, on its tensor cores."""
 
-
 import pytest
 import torch
 
