@@ -44,7 +44,10 @@ LENGTHS = [  # batch, new tokens, tokens of a sequence
 ]
 CASES = [
     *(prefill(*lengths, headdim, *heads) for headdim, heads in HEADS.items() for lengths in LENGTHS),
-    prefill(1, 256, 8192, 128, 32, 8),  # one short chunk
+    # one short chunk: few tiles of queries
+    prefill(1, 256, 8192, 128, 32, 8),
+    *(prefill(1, 512, seqlen_k, 128, 8, 8) for seqlen_k in (8192, 32768)),
+    prefill(1, 128, 8192, 64, 32, 8),
 ]
 TINY = [prefill(2, 256, 256, 16, 4, 2, "float32"), prefill(2, 32, 512, 16, 4, 2, "float32")]
 
