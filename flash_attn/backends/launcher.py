@@ -146,12 +146,13 @@ def compile_together(launch: Callable[[], object]) -> None:
 
     if _async_compile.active_mode.get() is not None:  # the caller's own, which does the same
         return
-    with ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
-        token = _only_compiling.set(True)
-        try:
+    token = _only_compiling.set(True)
+    try:
+        with ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
             launch()
-        finally:
-            _only_compiling.reset(token)
+    finally:
+        _only_compiling.reset(token)
+        _async_compile.active_mode.set(None)  # Triton leaves it when it is interrupted
 
 
 def _compile(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:

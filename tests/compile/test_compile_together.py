@@ -63,6 +63,22 @@ def test_what_does_not_compile_says_so_when_it_is_launched(launches):
     compile_together(lambda: launch_all(launchers(store_kernel, 4)))  # the failure has left nothing behind
 
 
+def test_an_interruption_leaves_nothing_behind(launches):
+    bound, compile_one = launchers(store_kernel, 6), triton.compiler.compile
+    outcomes = iter([KeyboardInterrupt])
+
+    def compile_at_last(*arguments, **words):
+        for interruption in outcomes:
+            raise interruption
+        return compile_one(*arguments, **words)
+
+    with mock.patch.object(triton.compiler, "compile", compile_at_last):
+        with pytest.raises(KeyboardInterrupt):
+            compile_together(lambda: launch_all(bound))
+        launch_all(bound)
+    assert len(launches) == 1
+
+
 def test_inside_the_callers_own_threads(launches):
     bound = launchers(store_kernel, 5)
     with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor):
