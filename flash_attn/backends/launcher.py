@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -138,8 +139,8 @@ _only_compiling = ContextVar("_only_compiling", default=False)
 def compile_together(launch: Callable[[], object]) -> None:
     """Compile the kernels of launchers that `launch` calls for the first time, each in a thread; none is launched.
 
-    Head dim 256's backward has three: 3.7 s in place of 6.1 (H200's machine, 2026-12-01). What does not compile says so when
-    it is launched.
+    Head dim 256's backward has three: 3.7 s in place of 6.1 (H200's machine, 2026-12-01). What fails is compiled again when it
+    is launched, and then says so.
     """
     from triton import AsyncCompileMode
     from triton.runtime import _async_compile
@@ -148,7 +149,8 @@ def compile_together(launch: Callable[[], object]) -> None:
         return
     token = _only_compiling.set(True)
     try:
-        with ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
+        # before Python 3.12 threads that parse sources at the same time can upset each other: a SystemError, once in a while
+        with suppress(Exception), ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
             launch()
     finally:
         _only_compiling.reset(token)

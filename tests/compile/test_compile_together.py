@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import _async_compile
 
 from flash_attn.backends.launcher import Launcher, compile_together
 from tests.support.stub_driver import compiling_for
@@ -64,18 +65,28 @@ def test_what_does_not_compile_says_so_when_it_is_launched(launches):
 
 
 def test_an_interruption_leaves_nothing_behind(launches):
-    bound, compile_one = launchers(store_kernel, 6), triton.compiler.compile
-    outcomes = iter([KeyboardInterrupt])
+    bound = launchers(store_kernel, 6)
+    with (
+        mock.patch.object(_async_compile, "as_completed", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        compile_together(lambda: launch_all(bound))
+    assert _async_compile.active_mode.get() is None
+    launch_all(bound)
+    assert len(launches) == 1
 
-    def compile_at_last(*arguments, **words):
-        for interruption in outcomes:
-            raise interruption
-        return compile_one(*arguments, **words)
 
-    with mock.patch.object(triton.compiler, "compile", compile_at_last):
-        with pytest.raises(KeyboardInterrupt):
-            compile_together(lambda: launch_all(bound))
+def test_other_failures_are_left_to_the_launch(launches):
+    """Such as one of Python's parser."""
+    bound = launchers(store_kernel, 8)
+
+    def fail():
         launch_all(bound)
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    compile_together(fail)
+    assert launches == []
+    launch_all(bound)
     assert len(launches) == 1
 
 

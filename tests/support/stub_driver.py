@@ -159,6 +159,7 @@ def compiling_for(architecture: str, cache_dir: str) -> Iterator[list[Launch]]:
         kernels.add(kernel)
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
         if not warmup:
+            compiled = compiled.result() if isinstance(compiled, triton.FutureKernel) else compiled
             descriptors = sum(isinstance(argument, TensorDescriptor) for argument in arguments)
             launches.append(Launch(kernel.__name__, compiled, reports[id(compiled)], descriptors))
         return compiled
