@@ -147,7 +147,7 @@ def backward(
             from flash_attn.backends.hopper_backward import bind_backward
 
             launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
-            compile_together(lambda: launch(*tensors))
+            compile_together((name, problem, device), lambda: launch(*tensors))
         launch(*tensors)
     return delta
 

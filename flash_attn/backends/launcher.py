@@ -8,7 +8,7 @@ alignment, is fixed by the plan that owns the launcher.
 import copy
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
@@ -134,14 +134,19 @@ def launch_all(launchers: Sequence[Launcher], *tensors: Tensor | None) -> None:
 
 
 _only_compiling = ContextVar("_only_compiling", default=False)
+_compiled: set[Any] = set()
 
 
-def compile_together(launch: Callable[[], object]) -> None:
+def compile_together(kind: Hashable, launch: Callable[[], object]) -> None:
     """Compile the kernels of launchers that `launch` calls for the first time, each in a thread; none is launched.
 
+    `kind` stands for the kernels: once they are compiled, a call of other lengths binds them anew and has nothing to compile.
     Head dim 256's backward has three: 3.7 s in place of 6.1 (H200's machine, 2026-12-01). What fails is compiled again when it
     is launched, and then says so.
     """
+    if kind in _compiled:
+        return
+    _compiled.add(kind)
     from triton import AsyncCompileMode
     from triton.runtime import _async_compile
 

@@ -125,15 +125,15 @@ def backward(
         gradients.dv.zero_()
         return delta
     memo = {} if operands.memo is None else operands.memo
-    bound = launchers = memo.get("backward")
-    if launchers is None:
-        launchers = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
-    q, k, v = operands.q, operands.k, operands.v
+    unbound = "backward" not in memo
+    if unbound:
+        memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+    launchers, q, k, v = memo["backward"], operands.q, operands.k, operands.v
     lse_log2 = torch.empty_like(softmax_lse) if len(launchers) > 1 else None
     optional = optional_tensors(operands)
     tensors = q, k, v, out, dout, *gradients, softmax_lse, delta, lse_log2, *optional, operands.dlse
-    if bound is None and len(launchers) > 1:
-        compile_together(lambda: launch_all(launchers, *tensors))
+    if unbound and len(launchers) > 1:
+        compile_together((name, problem, q.device), lambda: launch_all(launchers, *tensors))
     launch_all(launchers, *tensors)
     return delta
 
