@@ -15,7 +15,7 @@ from flash_attn.problem import AttentionProblem
 
 MAX_SPLITS = 128
 MAX_PACKED_ROWS = 64  # of the query heads of one key head: the largest tile where not `wide`
-WIDE_ROWS = 128
+WIDE_ROWS = 128  # the largest tile where `wide`
 MERGE_SPLITS = 32  # parts a step of the merge kernel; one constant, so that no bit depends on the number of splits
 APPEND_ROWS = 16  # (token, head) rows of a program of the append kernel
 
@@ -58,7 +58,7 @@ def gathering(config: DecodeConfig, num_blocks: int) -> DecodeConfig:
 
 
 def wide(problem: AttentionProblem, hardware: Hardware) -> bool:
-    """Whether tiles of WIDE_ROWS rows suit more queries than a tile of MAX_PACKED_ROWS holds: 16-bit rows, whose alignment the
+    """Whether many rows have tiles of WIDE_ROWS, and HOPPER_MANY_ROWS their configurations: 16-bit rows, whose alignment the
     compiler knows, on Hopper."""
     return hardware.arch == "sm_90" and problem.dtype != "float32" and problem.headdim % 16 == 0
 
@@ -79,12 +79,13 @@ def few_queries(problem: AttentionProblem, hardware: Hardware) -> bool:
     many = max(MANY_KEYS, KEYS_PER_QUERY * problem.seqlen_q)
     if rows == 0 or problem.seqlen_k < many or problem.dropout:
         return False
-    if rows <= MAX_PACKED_ROWS or problem.layout in ("cache", "paged_cache"):
-        return rows <= MAX_PACKED_ROWS
+    if rows <= MAX_PACKED_ROWS:
+        return True
     forward_tiles = math.ceil(problem.seqlen_q / FORWARD_ROWS) * problem.batch_size * problem.nheads
+    if problem.layout in ("cache", "paged_cache") or forward_tiles >= hardware.num_sms:
+        return False
     num_tiles = math.ceil(rows / WIDE_ROWS) * problem.batch_size * problem.nheads_k
-    idle = forward_tiles < hardware.num_sms
-    return idle and prefers_decode(problem, rows, num_tiles, forward_tiles, 0, hardware)
+    return prefers_decode(problem, rows, num_tiles, forward_tiles, 0, hardware)
 
 
 def chained(hardware: Hardware) -> bool:
@@ -153,7 +154,7 @@ LARGE_TILE = 64 * 128
 
 # of `prefers_decode`: a tile of the decode kernel in tiles of the forward kernels, by head dim; the keys that one of those
 # works through while parts are merged, by their rows. H200, 128 to 1024 queries over 1k to 32k keys, 2026-12-01
-DECODE_TILE = {16: 1.3, 32: 1.3, 64: 1.3, 128: 1.9, 256: 1.9}
+DECODE_TILE = {16: 1.3, 32: 1.3, 64: 1.3, 128: 1.7, 256: 1.9}
 MERGE_KEYS, MERGE_KEYS_PER_ROW = 500, 0.25
 
 # of `split_count`; H200, 2026-11-22
@@ -198,10 +199,10 @@ HOPPER_MANY_PAGED = HOPPER_MANY | {64: DecodeConfig(64, 2, 4, 4)}
 # Of gathered keys the page's number travels first: a loop begins sooner with fewer blocks in flight (up to 10 % for 4 blocks, 0
 # to 3 % for 62 to 128), and is 1 to 2 % slower when it runs for 256.
 SHORT_GATHER = 128
-# By rows and head dim, for tiles whose products count as much as their bytes. With 128 rows 1.2 to 1.9 times as fast as with 64
-# rows and 8 warps: 128 to 512 queries over 8k and 32k keys. With 64 rows 1.04 to 1.8 times as fast with 4 warps as with 8, and
-# with 3 stages, which leave room for a second program on an SM: 64 rows of 8 to 512 key heads over 2k and 8k keys.
-# bf16, 2026-12-01
+# By rows and head dim, for tiles whose products count as much as their bytes. With 128 rows 1.2 to 1.9 times as fast as with
+# 64, which such queries had: 128 to 512 of them over 8k and 32k keys, head dims 64 to 256. With 64 rows 1.03 to 1.8 times as
+# fast with 4 warps and 3 stages, which leave room for a second program on an SM, as with 8 and 4: 64 rows of 8 to 512 key
+# heads over 2k and 8k keys, head dim 128; at 64, up to 1.15 times as fast as with 128 keys and 4 stages. bf16, 2026-12-01
 HOPPER_MANY_ROWS = {
     (64, 64): DecodeConfig(64, 4, 3, 2),
     (64, 128): DecodeConfig(64, 4, 3, 2),

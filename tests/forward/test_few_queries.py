@@ -197,6 +197,8 @@ def test_what_counts_as_few():
     assert few_queries(problem, H200)
     assert few_queries(problem._replace(seqlen_q=16, seqlen_k=256), H200)
     assert not few_queries(problem._replace(seqlen_q=16, seqlen_k=255), H200), "16 keys a query"
+    cache = problem._replace(layout="cache", seqlen_q=32, seqlen_k=1 << 20)
+    assert not few_queries(cache, H200), "more rows than a tile"
     assert few_queries(problem._replace(seqlen_q=16, nheads_k=32, seqlen_k=1 << 20), H200)
     assert not few_queries(problem._replace(seqlen_k=MANY_KEYS - 1), H200)
     assert not few_queries(problem._replace(dropout=True), H200), "the decode kernel drops nothing"
