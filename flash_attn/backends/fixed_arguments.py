@@ -115,11 +115,6 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]  # type: ignore[return-value]
 
 
-def statistic_strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, sequence, head) strides of softmax_lse and its like, contiguous along the sequence."""
-    return (0, 1, x.stride(0)) if x.dim() == 2 else (x.stride(0), 1, x.stride(1))
-
-
 def page_numbers(operands: Operands) -> tuple[int | None, ...]:
     """Pages' fields after the pointer: stride of the table, pages a sequence, tokens a page, pages in all, log2 of tokens."""
     table = operands.block_table

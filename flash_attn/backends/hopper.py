@@ -17,7 +17,6 @@ from flash_attn.backends.fixed_arguments import (
     fixed_arguments,
     optional_tensors,
     page_numbers,
-    statistic_strides,
 )
 from flash_attn.backends.launcher import Launcher, compile_together
 from flash_attn.hardware import Hardware, device_guard
@@ -120,7 +119,7 @@ def forward(problem: AttentionProblem, operands: Operands, return_scores: bool =
     out, softmax_lse = empty_results(operands, memo)
     launch = memo.get("forward")
     if launch is None:
-        launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
+        launch = memo["forward"] = bind_forward(problem, operands, out)
     with device_guard(q.device):
         optional, counter = optional_tensors(operands), tile_counter(q.device)
         launch(q, operands.k, operands.v, out, softmax_lse, *optional, counter, operands.sinks, operands.block_table)
@@ -146,7 +145,7 @@ def backward(
         if launch is None:
             from flash_attn.backends.hopper_backward import bind_backward
 
-            launch = memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+            launch = memo["backward"] = bind_backward(problem, operands, dout, out, gradients)
             compile_together((name, problem, device), lambda: launch(*tensors))
         launch(*tensors)
     return delta
@@ -186,7 +185,7 @@ def num_tiles(problem: AttentionProblem, operands: Operands) -> int:
     return math.ceil(operands.max_seqlen_q / rows) * fixed_arguments(operands).batch_size * operands.q.shape[-2]
 
 
-def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
+def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor) -> Launcher:
     """The forward launch for tensors like these."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.hopper.forward import attn_fwd_kernel
@@ -209,9 +208,6 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             (v, key_rows, key_rows < config.block_n),
         )
     )
-    lse_strides = statistic_strides(softmax_lse)
-    if packed and q.dim() == 4:  # rows are counted from the first one of the batch
-        lse_strides = (lse_strides[0] - q.shape[1], *lse_strides[1:])
     pages, appended = page_numbers(operands), operands.appended or None
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -220,7 +216,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             k_map(p[1]),
             v_map(p[2]),
             out_map(p[3]),
-            (p[4], *lse_strides),
+            p[4],
             (p[5], p[6], p[7], p[8], appended),
             (p[13], *pages),
             (fixed.scale, fixed.softcap, p[9], *fixed.forward_score, p[12]),
@@ -245,5 +241,5 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
         "Q_IN_REGISTERS": config.q_in_registers,
     }
     num_programs = min(tiles, devices.of(q.device).num_sms) if q.numel() else 0
-    kinds = (*[None] * 4, arguments.Tensor, arguments.Sequences, arguments.Pages, arguments.Score, arguments.Dropout)
+    kinds = (*[None] * 5, arguments.Sequences, arguments.Pages, arguments.Score, arguments.Dropout)
     return Launcher(attn_fwd_kernel, num_programs, build, kinds, constants, {"num_warps": 4})

@@ -14,7 +14,6 @@ from flash_attn.backends.fixed_arguments import (
     FixedArguments,
     fixed_arguments,
     optional_tensors,
-    statistic_strides,
     strides,
 )
 from flash_attn.backends.launcher import Launcher
@@ -42,16 +41,15 @@ def bind_backward(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Backward:
     """The launches for tensors like these, as a function of (operands, dout, out, softmax_lse, delta, gradients, counter)."""
     regular = [tensor_maps.regular(x) for x in (dout, *gradients)]
     if all(regular):
-        return _bind_regular(problem, operands, dout, out, softmax_lse, gradients)
+        return _bind_regular(problem, operands, dout, out, gradients)
     dout = dout if regular[0] else _copy(dout)
     inner = Gradients(*(_like(x, same) for x, same in zip(gradients, regular[1:], strict=True)))
-    launch = _bind_regular(problem, operands, dout, out, softmax_lse, inner)
+    launch = _bind_regular(problem, operands, dout, out, inner)
 
     def copied(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
                counter: Tensor) -> None:  # fmt: skip
@@ -78,16 +76,15 @@ def _bind_regular(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
 ) -> Backward:
     config = hopper_backward_config(problem)
     if isinstance(config, HopperOnePassConfig):
-        return bind_one_pass(problem, operands, dout, out, softmax_lse, gradients, config)
-    launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq, config.dq)
+        return bind_one_pass(problem, operands, dout, out, gradients, config)
+    launch_dq = bind_dq(problem, operands, dout, out, gradients.dq, config.dq)
     wanted = ((True, True),) if len(config.dkdv) == 1 else ((True, False), (False, True))
     launches_dkdv = [
-        bind_dkdv(problem, operands, dout, softmax_lse, gradients, each, *with_dk_dv)
+        bind_dkdv(problem, operands, dout, gradients, each, *with_dk_dv)
         for each, with_dk_dv in zip(config.dkdv, wanted, strict=True)
     ]
 
@@ -132,7 +129,6 @@ def bind_dq(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     dq: Tensor,
     config: HopperDqConfig,
 ) -> Launcher:
@@ -145,7 +141,7 @@ def bind_dq(
     tiles = _tiles(q, fixed, operands.max_seqlen_q, q.shape[-2], config.heads_together)
     q_map, dout_map, dq_map = (tensor_maps.hopper(x, CONSUMER_ROWS, columns) for x in (q, dout, dq))
     k_map, v_map = (tensor_maps.hopper(x, config.block_n, columns) for x in (k, v))
-    out_strides, row_strides = strides(out), statistic_strides(softmax_lse)
+    out_strides = strides(out)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -155,9 +151,9 @@ def bind_dq(
             dout_map(p[3]),
             dq_map(p[4]),
             (p[5], *out_strides),
-            (p[6], *row_strides),
-            (p[15], *row_strides) if problem.lse_gradient else None,
-            (p[7], *row_strides),
+            p[6],
+            p[15] if problem.lse_gradient else None,
+            p[7],
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
             (p[13], *fixed.dropout),
@@ -177,7 +173,7 @@ def bind_dq(
         "DRAW_AHEAD": config.draw_ahead,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 5, *[arguments.Tensor] * 4, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[None] * 5, arguments.Tensor, *[None] * 3, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dq_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -185,7 +181,6 @@ def bind_dkdv(
     problem: AttentionProblem,
     operands: Operands,
     dout: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
     config: HopperDkdvConfig,
     with_dk: bool,
@@ -198,7 +193,6 @@ def bind_dkdv(
     pad, fixed = head_dim_pad(problem.headdim), fixed_arguments(operands)
     tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
     q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(problem, operands, dout, gradients, config.block_m)
-    row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -208,8 +202,8 @@ def bind_dkdv(
             dout_map(p[3]),
             dk_map(p[4]) if with_dk else None,
             dv_map(p[5]) if with_dv else None,
-            (p[6], *row_strides),
-            (p[7], *row_strides),
+            p[6],
+            p[7],
             (p[8], p[9], p[10], p[11], None),
             (fixed.scale, fixed.softcap, p[12], *fixed.backward_score),
             (p[13], *fixed.dropout),
@@ -227,7 +221,7 @@ def bind_dkdv(
         "DOUT_STAGES": config.dout_stages,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 6, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[None] * 8, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_dkdv_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -236,7 +230,6 @@ def bind_one_pass(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
     config: HopperOnePassConfig,
 ) -> Backward:
@@ -248,10 +241,8 @@ def bind_one_pass(
     if q.dim() == 3:
         num_dq_blocks = q.shape[0] // config.block_m + fixed.batch_size + 1
     blocks = num_dq_blocks, num_m
-    launch_rows, launch_convert = _bind_rows(
-        problem, operands, dout, out, softmax_lse, gradients.dq, config, fixed, blocks
-    )
-    launch_products = _bind_products(problem, operands, dout, softmax_lse, gradients, config, fixed, blocks)
+    launch_rows, launch_convert = _bind_rows(problem, operands, dout, out, gradients.dq, config, fixed, blocks)
+    launch_products = _bind_products(problem, operands, dout, gradients, config, fixed, blocks)
     size, num_turns = nheads * num_dq_blocks * config.block_m * pad, nheads * num_dq_blocks
 
     def launch(operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, delta: Tensor, gradients: Gradients,
@@ -271,7 +262,6 @@ def _bind_products(
     problem: AttentionProblem,
     operands: Operands,
     dout: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
     config: HopperOnePassConfig,
     fixed: FixedArguments,
@@ -284,7 +274,6 @@ def _bind_products(
     pad = head_dim_pad(problem.headdim)
     tiles = _tiles(operands.k, fixed, operands.max_seqlen_k, operands.k.shape[-2], config.heads_together)
     q_map, k_map, v_map, dout_map, dk_map, dv_map = _key_maps(problem, operands, dout, gradients, config.block_m)
-    row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -296,8 +285,8 @@ def _bind_products(
             dv_map(p[5]),
             p[6],
             p[7],
-            (p[8], *row_strides),
-            (p[9], *row_strides),
+            p[8],
+            p[9],
             (p[10], p[11], p[12], p[13], None),
             (fixed.scale, fixed.softcap, p[14], *fixed.backward_score),
             (p[15], *fixed.dropout),
@@ -314,7 +303,7 @@ def _bind_products(
         "AHEAD": config.ahead,
         "REGISTERS": config.registers,
     }
-    kinds = (*[None] * 8, *[arguments.Tensor] * 2, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[None] * 10, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(attn_bwd_kernel, tiles.num_programs, build, kinds, constants, {"num_warps": 4})
 
 
@@ -323,7 +312,6 @@ def _bind_rows(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     dq: Tensor,
     config: HopperOnePassConfig,
     fixed: FixedArguments,
@@ -335,7 +323,6 @@ def _bind_rows(
 
     nheads = operands.q.shape[-2]
     out_strides, dout_strides, dq_strides = map(strides, (out, dout, dq))
-    row_strides = statistic_strides(softmax_lse)
     seqlen_q, _seqlen_k, total_q, *_ = fixed.lengths
     sizes = *blocks, seqlen_q, total_q, nheads
 
@@ -343,9 +330,9 @@ def _bind_rows(
         return (
             (p[0], *out_strides),
             (p[1], *dout_strides),
-            (p[9], *row_strides) if problem.lse_gradient else None,
-            (p[10], *row_strides) if problem.lse_gradient else None,
-            (p[2], *row_strides),
+            p[9] if problem.lse_gradient else None,
+            p[10] if problem.lse_gradient else None,
+            p[2],
             p[3],
             p[4],
             (p[5], p[6], p[7], p[8], None),
@@ -363,7 +350,7 @@ def _bind_rows(
     }
     programs = blocks[1] * nheads * fixed.batch_size
     options = {"num_warps": 4}
-    rows_kinds = (*[arguments.Tensor] * 5, None, None, arguments.Sequences)
+    rows_kinds = (*[arguments.Tensor] * 2, *[None] * 5, arguments.Sequences)
     convert_kinds = (None, arguments.Tensor, arguments.Sequences, arguments.Score)
     return (
         Launcher(attn_bwd_rows_kernel, programs, build_rows, rows_kinds, constants, options),

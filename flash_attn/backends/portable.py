@@ -21,7 +21,6 @@ from flash_attn.backends.fixed_arguments import (
     forward_constants,
     optional_tensors,
     page_numbers,
-    statistic_strides,
     strides,
     tile_constants,
 )
@@ -103,7 +102,7 @@ def launch_forward(problem: AttentionProblem, operands: Operands, return_scores:
     out, softmax_lse = empty_results(operands, memo)
     launch = memo.get("forward")
     if launch is None:
-        launch = memo["forward"] = bind_forward(problem, operands, out, softmax_lse)
+        launch = memo["forward"] = bind_forward(problem, operands, out)
     optional = optional_tensors(operands)
     tensors = (q, operands.k, operands.v, out, softmax_lse, *optional, operands.block_table, operands.sinks)
     launch(*tensors)
@@ -127,7 +126,7 @@ def backward(
     memo = {} if operands.memo is None else operands.memo
     unbound = "backward" not in memo
     if unbound:
-        memo["backward"] = bind_backward(problem, operands, dout, out, softmax_lse, gradients)
+        memo["backward"] = bind_backward(problem, operands, dout, out, gradients)
     launchers, q, k, v = memo["backward"], operands.q, operands.k, operands.v
     lse_log2 = torch.empty_like(softmax_lse) if len(launchers) > 1 else None
     optional = optional_tensors(operands)
@@ -147,7 +146,7 @@ def attend_cache(
     return portable_cache.attend_cache(problem, operands, append, num_splits)
 
 
-def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, softmax_lse: Tensor) -> Launcher:
+def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor) -> Launcher:
     """The forward launch for tensors like these."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.forward import attn_fwd_kernel
@@ -161,7 +160,6 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
     k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
     batch_size, scale, softcap, forward_score, _backward, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides = map(strides, (q, k, v, out))
-    lse_strides = statistic_strides(softmax_lse)
     pages, appended = page_numbers(operands), operands.appended or None
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
@@ -170,7 +168,7 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
             (p[1], *k_strides),
             (p[2], *v_strides),
             (p[3], *out_strides),
-            (p[4], *lse_strides),
+            p[4],
             k_map(p[1]) if tma else None,
             v_map(p[2]) if tma else None,
             (p[5], p[6], p[7], p[8], appended),
@@ -182,9 +180,8 @@ def bind_forward(problem: AttentionProblem, operands: Operands, out: Tensor, sof
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
     kinds = (
-        *[arguments.Tensor] * 5,
-        None,
-        None,
+        *[arguments.Tensor] * 4,
+        *[None] * 3,
         arguments.Sequences,
         arguments.Pages,
         arguments.Score,
@@ -204,7 +201,6 @@ def bind_backward(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
 ) -> tuple[Launcher, ...]:
     """The launches of a backward, for tensors like these.
@@ -214,9 +210,9 @@ def bind_backward(
     """
     config = one_launch_config(problem, hardware_of(operands.q.device))
     if config is not None:
-        return (bind_one_launch(problem, operands, dout, out, softmax_lse, gradients, config),)
-    launch_dq = bind_dq(problem, operands, dout, out, softmax_lse, gradients.dq)
-    return launch_dq, *bind_dkdv(problem, operands, dout, softmax_lse, gradients.dk, gradients.dv)
+        return (bind_one_launch(problem, operands, dout, out, gradients, config),)
+    launch_dq = bind_dq(problem, operands, dout, out, gradients.dq)
+    return launch_dq, *bind_dkdv(problem, operands, dout, gradients.dk, gradients.dv)
 
 
 def bind_one_launch(
@@ -224,7 +220,6 @@ def bind_one_launch(
     operands: Operands,
     dout: Tensor,
     out: Tensor,
-    softmax_lse: Tensor,
     gradients: Gradients,
     config: BackwardConfig,
 ) -> Launcher:
@@ -236,7 +231,6 @@ def bind_one_launch(
     batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides, dout_strides = map(strides, (q, k, v, out, dout))
     dq_strides, dk_strides, dv_strides = map(strides, gradients)
-    row_strides = statistic_strides(softmax_lse)
     num_query_tiles = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
     num_key_tiles = math.ceil(operands.max_seqlen_k / config.block_n) * batch_size * k.shape[-2] if k.numel() else 0
 
@@ -250,9 +244,9 @@ def bind_one_launch(
             (p[5], *dq_strides),
             (p[6], *dk_strides),
             (p[7], *dv_strides),
-            (p[8], *row_strides),
-            (p[17], *row_strides) if problem.lse_gradient else None,
-            (p[9], *row_strides),
+            p[8],
+            p[17] if problem.lse_gradient else None,
+            p[9],
             (p[11], p[12], p[13], p[14], None),
             (scale, softcap, p[15], *backward_score),
             (p[16], *dropout),
@@ -260,14 +254,12 @@ def bind_one_launch(
             num_key_tiles,
         )
 
-    kinds = (*[arguments.Tensor] * 11, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[arguments.Tensor] * 8, *[None] * 3, arguments.Sequences, arguments.Score, arguments.Dropout)
     num_programs = num_key_tiles + num_query_tiles
     return Launcher(attn_bwd_kernel, num_programs, build, kinds, *tile_constants(problem, config))
 
 
-def bind_dq(
-    problem: AttentionProblem, operands: Operands, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor
-) -> Launcher:
+def bind_dq(problem: AttentionProblem, operands: Operands, dout: Tensor, out: Tensor, dq: Tensor) -> Launcher:
     """The launch that writes delta, lse_log2 and dq, for tensors like these."""
     from flash_attn.kernels.algebra import arguments
     from flash_attn.kernels.portable.backward import attn_bwd_dq_kernel
@@ -280,7 +272,6 @@ def bind_dq(
     k_map, v_map = (tensor_maps.portable(x, config.block_n, head_dim_pad(problem.headdim)) for x in (k, v))
     batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides = map(strides, (q, k, v, out, dout, dq))
-    row_strides = statistic_strides(softmax_lse)
 
     def build(p: Sequence[Any]) -> tuple[Any, ...]:
         return (
@@ -290,10 +281,10 @@ def bind_dq(
             (p[3], *out_strides),
             (p[4], *dout_strides),
             (p[5], *dq_strides),
-            (p[8], *row_strides),
-            (p[17], *row_strides) if problem.lse_gradient else None,
-            (p[9], *row_strides),
-            (p[10], *row_strides),
+            p[8],
+            p[17] if problem.lse_gradient else None,
+            p[9],
+            p[10],
             k_map(p[1]) if tma else None,
             v_map(p[2]) if tma else None,
             (p[11], p[12], p[13], p[14], None),
@@ -303,14 +294,14 @@ def bind_dq(
         )
 
     num_programs = math.ceil(operands.max_seqlen_q / config.block_m) * batch_size * q.shape[-2]
-    kinds = (*[arguments.Tensor] * 10, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+    kinds = (*[arguments.Tensor] * 6, *[None] * 6, arguments.Sequences, arguments.Score, arguments.Dropout)
     return Launcher(
         attn_bwd_dq_kernel, num_programs if q.numel() else 0, build, kinds, *tile_constants(problem, config)
     )
 
 
 def bind_dkdv(
-    problem: AttentionProblem, operands: Operands, dout: Tensor, softmax_lse: Tensor, dk: Tensor, dv: Tensor
+    problem: AttentionProblem, operands: Operands, dout: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Launcher, ...]:
     """The launch that writes dk and dv, or the two that write one each, for tensors like these."""
     from flash_attn.kernels.algebra import arguments
@@ -321,7 +312,6 @@ def bind_dkdv(
     fit = _descriptors_fit(problem, hardware, q, dout)
     batch_size, scale, softcap, _forward, backward_score, dropout, lengths = fixed_arguments(operands)
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = map(strides, (q, k, v, dout, dk, dv))
-    row_strides = statistic_strides(softmax_lse)
 
     def launcher(config: BackwardConfig, with_dk: bool, with_dv: bool) -> Launcher:
         tma = fit and config.tma
@@ -335,8 +325,8 @@ def bind_dkdv(
                 (p[4], *dout_strides),
                 (p[6], *dk_strides) if with_dk else None,
                 (p[7], *dv_strides) if with_dv else None,
-                (p[9], *row_strides),
-                (p[10], *row_strides),
+                p[9],
+                p[10],
                 q_map(p[0]) if tma else None,
                 dout_map(p[4]) if tma else None,
                 (p[11], p[12], p[13], p[14], None),
@@ -346,7 +336,7 @@ def bind_dkdv(
             )
 
         num_programs = math.ceil(operands.max_seqlen_k / config.block_n) * batch_size * k.shape[-2]
-        kinds = (*[arguments.Tensor] * 8, None, None, arguments.Sequences, arguments.Score, arguments.Dropout)
+        kinds = (*[arguments.Tensor] * 6, *[None] * 4, arguments.Sequences, arguments.Score, arguments.Dropout)
         return Launcher(
             attn_bwd_dkdv_kernel, num_programs if k.numel() else 0, build, kinds, *tile_constants(problem, config)
         )

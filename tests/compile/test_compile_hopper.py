@@ -103,7 +103,7 @@ def variants() -> list[Variant]:
         for headdim, causal, seqlen in (next(turns),)
     ]
     heaviest = [Variant(headdim, True, "everything") for headdim in FORWARD]
-    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows]
+    sinks = [Variant(headdim, causal, "sinks", seqlen=seqlen) for headdim, causal, seqlen in rows[1::2]]
     odd = [Variant(headdim, True) for headdim in (40, 80, 96, 160, 192)]
     odd += [Variant(headdim, True, feature) for headdim in (96, 192) for feature in ("softcap", "alibi", "everything")]
     masks = [Variant(headdim, True, "narrow") for headdim in (64, 128)]
@@ -220,14 +220,12 @@ def test_the_variants_cover_the_tables_and_the_features():
 
 @pytest.mark.parametrize("feature", ["plain", "varlen"])
 def test_lengths_share_a_binary(feature, tmp_path, monkeypatch):
-    """Lengths and numbers of heads are not compiled in; only whether softmax_lse's strides are multiples of 16 is."""
+    """Lengths and numbers of heads are not compiled in."""
     calls = []
-    for seqlen, batch_size, nheads in ((4096, 2, 8), (4112, 1, 16), (8192, 3, 24), (4100, 2, 8), (5004, 3, 40)):
+    for seqlen, batch_size, nheads in ((4096, 2, 8), (4112, 1, 16), (8192, 3, 24), (4100, 2, 8), (5003, 3, 40)):
         monkeypatch.setitem(globals(), "NHEADS", nheads)
         calls.append(operands_of(Variant(64, False, feature, seqlen=seqlen), batch_size))
-    compiled = [id(found.compiled) for found in compile_forward(*calls, cache_dir=tmp_path)]
-    assert len(set(compiled[:3])) == 1
-    assert len(set(compiled[3:])) == 1
+    assert len({id(found.compiled) for found in compile_forward(*calls, cache_dir=tmp_path)}) == 1
 
 
 def test_consumers_have_their_registers(tmp_path):

@@ -14,7 +14,7 @@ from flash_attn.launch.hopper import CROWDED, ONE_PASS, TWO_PASS
 from tests.compile import variants
 from tests.compile.budgets import HOPPER_BUDGETED
 from tests.compile.variants import Variant
-from tests.support.stub_driver import ARCHITECTURES, compiling_for
+from tests.support.stub_driver import ARCHITECTURES, Launch, compiling_for
 
 ARCHITECTURE = ARCHITECTURES["sm_90"]
 
@@ -77,8 +77,8 @@ def backward_variants() -> list[tuple[Variant, str]]:
     return found
 
 
-@pytest.mark.parametrize("variant, form", backward_variants(), ids=str)
-def test_backward(variant, form, tmp_path):
+def compile_backward(variant: Variant, form: str, cache_dir: str) -> list[Launch]:
+    """What the backend launches for the variant; streams and devices do not exist."""
     problem, operands = variants.operands_of(variant)
     q, k, v, *_ = operands
     statistic = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
@@ -88,13 +88,19 @@ def test_backward(variant, form, tmp_path):
         operands = operands._replace(dlse=softmax_lse)
     counter = torch.empty(2, dtype=torch.int32, device="meta")
     with (
-        compiling_for("sm_90", str(tmp_path)) as launches,
+        compiling_for("sm_90", cache_dir) as launches,
         mock.patch.object(devices, "of", lambda device: ARCHITECTURE.hardware),
         mock.patch.object(hopper, "tile_counter", lambda device: counter),
         launch.pinned(**pins(variant, form)),
     ):
         problem = problem._replace(deterministic=form != "any order")
         hopper.backward(problem, operands, torch.empty_like(q), torch.empty_like(q), softmax_lse, gradients)
+    return launches
+
+
+@pytest.mark.parametrize("variant, form", backward_variants(), ids=str)
+def test_backward(variant, form, tmp_path):
+    launches = compile_backward(variant, form, str(tmp_path))
     passes = {launch.kernel for launch in launches}
     assert passes == ({"attn_bwd_dq_kernel", "attn_bwd_dkdv_kernel"} if two_passes(variant, form) else ONE_PASS_KERNELS)
     for found in launches:
@@ -105,6 +111,17 @@ def test_backward(variant, form, tmp_path):
         )
         assert report.shared_memory <= ARCHITECTURE.shared_memory, f"{found.kernel}: {report}"
         assert (report.wgmma > 0) == (report.tma > 0) == (found.kernel not in AROUND), f"{found.kernel}: {report}"
+
+
+@pytest.mark.parametrize("headdim, feature", [(128, "plain"), (64, "varlen"), (256, "plain")])
+def test_lengths_share_binaries(headdim, feature, tmp_path, monkeypatch):
+    """Lengths and numbers of heads are not compiled in."""
+    variant, launches = Variant("backward", "sm_90", headdim, "bfloat16", True, feature, True), []
+    for seqlen, nheads in ((4096, 8), (5003, 12)):
+        monkeypatch.setattr(variants, "LONG", seqlen)
+        monkeypatch.setattr(variants, "NHEADS", nheads)
+        launches += compile_backward(variant, "any order", str(tmp_path))
+    assert len({id(found.compiled) for found in launches}) == len(launches) // 2
 
 
 AROUND = {"attn_bwd_rows_kernel", "attn_bwd_convert_kernel"}

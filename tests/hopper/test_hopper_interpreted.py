@@ -79,7 +79,7 @@ def check_backward(case: Case, form: str, seed: int) -> None:
 @here
 @pytest.mark.parametrize("row, mask, lengths", every_other(ROWS, MASKS, LENGTHS))
 def test_forward(row, mask, lengths, device, seed):
-    check_forward(Case("forward", BF16, ROWS[row][0], 4, 2, *LENGTHS[lengths], **MASKS[mask]), row, seed)
+    check_forward(Case("forward", BF16, ROWS[row][0], 2, 1, *LENGTHS[lengths], **MASKS[mask]), row, seed)
 
 
 @here
@@ -108,7 +108,7 @@ def test_features_of_a_forward(row, mask, feature, device, seed):
 @pytest.mark.parametrize("mask", MASKS)
 @each_form(64, 96, 128, 256)
 def test_backward(headdim, form, mask, lengths, device, seed):
-    check_backward(Case("backward", BF16, headdim, 4, 2, *LENGTHS[lengths], **MASKS[mask]), form, seed)
+    check_backward(Case("backward", BF16, headdim, 2, 1, *LENGTHS[lengths], **MASKS[mask]), form, seed)
 
 
 @here

@@ -140,19 +140,26 @@ class ThreadLog(threading.local):
     def flush(self) -> None: ...
 
 
+# of this process, by what they were made of: few kernels depend on every feature of a call
+_compiled: dict[tuple[Any, ...], tuple[Any, Report]] = {}
+
+
 @contextlib.contextmanager
 def compiling_for(architecture: str, cache_dir: str) -> Iterator[list[Launch]]:
-    """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture, afresh, and recorded, not run."""
+    """Inside, every launch of a Triton or Gluon kernel is compiled for the architecture and recorded, not run."""
     stub = StubDriver(ARCHITECTURES[architecture].target)
     launches: list[Launch] = []
     reports: dict[int, Report] = {}  # by the compiled kernel
     kernels: set[JITFunction] = set()
     run, compile_one, log = JITFunction.run, triton.compiler.compile, ThreadLog()
 
-    def compile_and_report(*arguments: Any, **options: Any) -> Any:
-        log.text = io.StringIO()
-        compiled = compile_one(*arguments, **options)
-        reports[id(compiled)] = _report(compiled, log.text.getvalue())
+    def compile_and_report(source: Any, target: GPUTarget, options: dict[str, Any], **environment: Any) -> Any:
+        made_of = source.hash(), target, tuple(sorted(options.items()))
+        if made_of not in _compiled:
+            log.text = io.StringIO()
+            compiled = compile_one(source, target=target, options=options, **environment)
+            _compiled[made_of] = compiled, _report(compiled, log.text.getvalue())
+        compiled, reports[id(compiled)] = _compiled[made_of]
         return compiled
 
     def record(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -1,5 +1,7 @@
 """Where a token lives: its address in a tensor, its page in a paged cache. Addresses are 64-bit before the first product."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,27 @@ def sequence_base(t, batch, head, start):
     )
 
 
+class Statistic(NamedTuple):
+    """One number of every query row, in contiguous lines: (batch, nheads, seqlen_q), or packed (nheads, total_q)."""
+
+    ptr: Any
+    lines: Any  # from one batch entry to the next
+    length: Any
+
+
+@triton.jit
+def row_statistic(ptr, sequences, nheads, total_q):
+    """The statistic at ptr. Strides as arguments would be compiled anew for multiples of 16. None stays None."""
+    statistic = ptr
+    if ptr is not None:
+        lines = nheads
+        if sequences.cu_seqlens_q is not None:
+            lines = 0
+        statistic = Statistic(ptr, lines, total_q)
+    return statistic
+
+
 @triton.jit
 def row_base(t, batch, head, start):
     """Pointer to the per-row statistic of token 0 of one sequence and head."""
-    return t.ptr + tl.cast(batch, tl.int64) * t.stride_b + tl.cast(head, tl.int64) * t.stride_h + start
+    return t.ptr + tl.cast(batch * t.lines + head, tl.int64) * t.length + start

@@ -25,6 +25,7 @@ from typing import Any
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import kept_scale
+from flash_attn.kernels.algebra.locate import row_statistic
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import lse_log2
 from flash_attn.kernels.hopper.backward_tiles import (
@@ -72,6 +73,7 @@ from flash_attn.kernels.hopper.pipeline import (
     warpgroup_mma_wait,
 )
 from flash_attn.kernels.hopper.schedule import (
+    SIZES,
     TILE_STAGES,
     Work,
     allocate_tiles,
@@ -290,12 +292,6 @@ def dkdv_partition(prog, CONSUMER: gl.constexpr):
         await_full(prog.tiles, t_place)
 
 
-SIZES = [
-    "num_tiles", "num_blocks", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
-    "nheads", "group",
-]  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def attn_bwd_dkdv_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, softmax_lse, delta, sequences, score, dropout, counter,
@@ -322,6 +318,8 @@ def attn_bwd_dkdv_kernel(
     if dropout.rng_state is not None:
         key_words = allocate_key_words(Q_STAGES)
     tiles = allocate_tiles(CONSUMERS)
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
     prog = Program(
         dk_desc, dv_desc, softmax_lse, delta, tiles, k_ring, v_ring, q_ring, dout_ring, row_lse, row_delta, key_words,
         sequences, work, window, score, dropout,

@@ -23,7 +23,7 @@ from typing import Any
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import load_key, tile_bits
-from flash_attn.kernels.algebra.locate import row_base
+from flash_attn.kernels.algebra.locate import row_base, row_statistic
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_delta
 from flash_attn.kernels.hopper.backward_tiles import (
@@ -65,6 +65,7 @@ from flash_attn.kernels.hopper.pipeline import (
     warpgroup_mma_wait,
 )
 from flash_attn.kernels.hopper.schedule import (
+    SIZES,
     TILE_STAGES,
     Work,
     allocate_tiles,
@@ -244,12 +245,6 @@ def dq_partition(prog, CONSUMER: gl.constexpr):
         await_full(prog.tiles, t_place)
 
 
-SIZES = [
-    "num_tiles", "num_blocks", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
-    "nheads", "group",
-]  # fmt: skip
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def attn_bwd_dq_kernel(
     q_desc, k_desc, v_desc, dout_desc, dq_desc, out, softmax_lse, dlse, delta, sequences, score, dropout, counter,
@@ -265,6 +260,9 @@ def attn_bwd_dq_kernel(
     k_ring = allocate_ring(k_desc, HEAD_DIM_PAD, K_STAGES, CONSUMERS)
     v_ring = allocate_ring(v_desc, HEAD_DIM_PAD, V_STAGES, CONSUMERS)
     tiles = allocate_tiles(CONSUMERS)
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
+    dlse = row_statistic(dlse, sequences, nheads, total_q)
     prog = Program(
         dq_desc, out, softmax_lse, dlse, delta, tiles, q_ring, dout_ring, k_ring, v_ring, sequences, work, window, score,
         dropout,

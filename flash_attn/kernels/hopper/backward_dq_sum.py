@@ -4,7 +4,7 @@ The workspace holds fp32 parts of 64 x 64, each in the order of the accumulator'
 adjacent bytes. `attn_bwd_rows_kernel` clears it and computes delta; `attn_bwd_convert_kernel` brings it in order.
 """
 
-from flash_attn.kernels.algebra.locate import row_base, sequence_base
+from flash_attn.kernels.algebra.locate import row_base, row_statistic, sequence_base
 from flash_attn.kernels.algebra.score import gradient_scale
 from flash_attn.kernels.algebra.softmax import lse_log2, softmax_delta
 from flash_attn.kernels.algebra.span import load_span
@@ -68,6 +68,9 @@ def attn_bwd_rows_kernel(
     layout: gl.constexpr = gl.SliceLayout(1, row_major_layout(HEAD_DIM_PAD))
     m_block, head, batch = block_of_program(num_m, nheads)
     span = load_span(sequences, False, batch, seqlen_q, 0, total_q, 0)
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    dlse = row_statistic(dlse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
     if m_block * BLOCK_M < span.seqlen_q:
         rows = m_block * BLOCK_M + gl.arange(0, BLOCK_M, layout=layout)
         out_rows = load_rows(out, span, batch, head, rows, HEAD_DIM, HEAD_DIM_PAD)

@@ -27,8 +27,9 @@ from typing import Any
 
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import kept_scale
+from flash_attn.kernels.algebra.locate import row_statistic
 from flash_attn.kernels.algebra.score import gradient_scale, load_slope
-from flash_attn.kernels.hopper.backward_dkdv import SIZES, load_partition, product_kq, store_gradient
+from flash_attn.kernels.hopper.backward_dkdv import load_partition, product_kq, store_gradient
 from flash_attn.kernels.hopper.backward_dq_sum import PART, first_dq_block, part_pointer
 from flash_attn.kernels.hopper.backward_dq_turns import allocate_turns, reduce_in_turn, turn_partition
 from flash_attn.kernels.hopper.backward_tiles import (
@@ -73,6 +74,7 @@ from flash_attn.kernels.hopper.pipeline import (
     warpgroup_mma_wait,
 )
 from flash_attn.kernels.hopper.schedule import (
+    SIZES,
     TILE_STAGES,
     Work,
     allocate_tiles,
@@ -298,6 +300,8 @@ def attn_bwd_kernel(
     else:
         tiles = allocate_tiles(2)
         turn = None
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
     prog = Program(
         dk_desc, dv_desc, dq_sum, turns, num_dq_blocks, num_m, softmax_lse, delta, tiles, turn, k_ring, v_ring, q_ring,
         dout_ring, ds_ring, row_lse, row_delta, key_words, sequences, work, window, score, dropout,

@@ -69,6 +69,7 @@ from flash_attn.kernels.hopper.pipeline import (
     warpgroup_mma_wait,
 )
 from flash_attn.kernels.hopper.schedule import (
+    SIZES,
     TILE_STAGES,
     Work,
     allocate_tiles,
@@ -321,12 +322,6 @@ def attend_partition(prog, CONSUMER: gl.constexpr):
         attend_overlapped(prog, CONSUMER)
     else:
         attend_serially(prog, CONSUMER)
-
-
-SIZES = [
-    "num_tiles", "num_blocks", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
-    "nheads", "group",
-]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=SIZES)

@@ -7,6 +7,7 @@ tests/hopper hold both forms together.
 
 from flash_attn.kernels.algebra.dropout import drop, kept_scale, tile_bits
 from flash_attn.kernels.algebra.interval import hide_before, hide_behind, key_interval
+from flash_attn.kernels.algebra.locate import row_base, row_statistic
 from flash_attn.kernels.algebra.score import key_distance, score_forward
 from flash_attn.kernels.algebra.softmax import softmax_finish, softmax_pivot, softmax_rescale, softmax_weights
 from flash_attn.kernels.hopper.columns import scale_columns, store_columns
@@ -150,16 +151,15 @@ def finish(prog, row_max, row_sums, unit, head):
 @gluon.jit
 def store_results(prog, acc, inverse_sum, lse, first_row, span, batch, head, CONSUMER: gl.constexpr):
     """out and softmax_lse of one consumer's rows; the copy of out is still running on return."""
-    buffer, softmax_lse = prog.o_buffers.index(CONSUMER), prog.softmax_lse
+    buffer = prog.o_buffers.index(CONSUMER)
     out = scale_columns(acc, inverse_sum)
     store_columns(buffer.reshape([WARPGROUP_ROWS, prog.HEAD_DIM_PAD]), out, 1.0, prog.WIDTH)
     fence_async_shared()
     store_tile(prog, prog.o_desc, buffer, span.start_q, span.seqlen_q, first_row, batch, head)
     row_layout: gl.constexpr = lse.type.layout
     rows = first_row + gl.arange(0, WARPGROUP_ROWS, layout=row_layout)
-    base = (
-        softmax_lse.ptr
-        + gl.cast(batch, gl.int64) * softmax_lse.stride_b
-        + gl.cast(head, gl.int64) * softmax_lse.stride_h
-    )
-    gl.store(base + span.start_q + rows, lse, mask=rows < span.seqlen_q)
+    first = 0  # of the sequence; only packed statistics count through the batch
+    if prog.sequences.cu_seqlens_q is not None:
+        first = span.start_q
+    softmax_lse = row_statistic(prog.softmax_lse, prog.sequences, prog.work.nheads, prog.work.total_q)
+    gl.store(row_base(softmax_lse, batch, head, first) + rows, lse, mask=rows < span.seqlen_q)

@@ -11,6 +11,11 @@ from flash_attn.kernels.algebra.interval import block_bounds, key_blocks, query_
 from flash_attn.kernels.algebra.span import Span, load_span
 from flash_attn.kernels.hopper.pipeline import WARPGROUP_ROWS, Ring, allocate_barriers, gl, gluon, mbarrier
 
+SIZES = [
+    "num_tiles", "num_blocks", "heads_together", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right",
+    "nheads", "group",
+]  # fmt: skip
+
 TILE_FIELDS = gl.constexpr(9)
 TILE_STAGES = gl.constexpr(4)  # the tile before, the present one, the following one, and one to write
 

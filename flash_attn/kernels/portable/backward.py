@@ -18,7 +18,7 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import block_bounds, query_interval, visible
-from flash_attn.kernels.algebra.locate import row_base, sequence_base
+from flash_attn.kernels.algebra.locate import row_base, row_statistic, sequence_base
 from flash_attn.kernels.algebra.score import (
     gradient_scale,
     key_distance,
@@ -109,6 +109,10 @@ def dq_tile(
     batch = batch_head // nheads
     head_k = head // group
     span = load_span(sequences, False, batch, seqlen_q, seqlen_k, total_q, total_k)
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    dlse = row_statistic(dlse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
+    row_lse_log2 = row_statistic(row_lse_log2, sequences, nheads, total_q)
     first = m_block * BLOCK_M
     if first < span.seqlen_q:
         rows = first + tl.arange(0, BLOCK_M)
@@ -243,6 +247,10 @@ def dkdv_tile(
     head_k = batch_head % nheads_k
     batch = batch_head // nheads_k
     span = load_span(sequences, False, batch, seqlen_q, seqlen_k, total_q, total_k)
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
+    dlse = row_statistic(dlse, sequences, nheads, total_q)
+    delta = row_statistic(delta, sequences, nheads, total_q)
+    row_lse_log2 = row_statistic(row_lse_log2, sequences, nheads, total_q)
     first = n_block * BLOCK_N
     if first < span.seqlen_k:
         cols = first + tl.arange(0, BLOCK_N)

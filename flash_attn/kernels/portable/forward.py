@@ -14,7 +14,7 @@ import triton.language as tl
 from flash_attn.kernels.algebra.arguments import Window
 from flash_attn.kernels.algebra.dropout import col_words, drop, kept_scale, load_key, random_bits, row_words
 from flash_attn.kernels.algebra.interval import key_blocks, visible
-from flash_attn.kernels.algebra.locate import row_base, sequence_base
+from flash_attn.kernels.algebra.locate import row_base, row_statistic, sequence_base
 from flash_attn.kernels.algebra.score import key_distance, load_slope, score_forward, unit_log2
 from flash_attn.kernels.algebra.softmax import lowest_max, softmax_finish, softmax_step, softmax_step_bounded
 from flash_attn.kernels.algebra.span import load_span
@@ -126,4 +126,5 @@ def attn_fwd_kernel(
     acc *= (inverse_sum * kept_scale(dropout))[:, None]
     store_rows(out, sequence_base(out, batch, head, span.start_q), acc, m_block * BLOCK_M, span.seqlen_q,
                BLOCK_M, HEAD_DIM, HEAD_DIM_PAD)  # fmt: skip
+    softmax_lse = row_statistic(softmax_lse, sequences, nheads, total_q)
     tl.store(row_base(softmax_lse, batch, head, span.start_q) + rows, lse, mask=rows < span.seqlen_q)
