@@ -76,7 +76,7 @@ def check(case: Case, device: torch.device, seed: int) -> None:
 
 @on_hopper
 # each compiles four kernels
-@pytest.mark.parametrize("case", SERVED[::4] + [case for case in SINK_CASES if served(case)][2::4], ids=str)
+@pytest.mark.parametrize("case", SERVED[::6] + [case for case in SINK_CASES if served(case)][2::6], ids=str)
 def test_cases_forward_and_backward(case, device, seed, plans):
     inputs = make_inputs(case, device, seed)
     results, keep = calls.forward_and_backward(case, inputs, seed)

@@ -51,7 +51,7 @@ def attend(case, inputs, seed, **extra):
 @pytest.mark.parametrize(
     "case, device",
     # on a GPU each compiles kernels of its own for up to 25 s
-    calls.placed({"cpu": SINK_CASES, "gpu": SINK_CASES[::3], "interpreter": SMALL_SINK_CASES}),
+    calls.placed({"cpu": SINK_CASES, "gpu": SINK_CASES[::4], "interpreter": SMALL_SINK_CASES}),
     indirect=["device"],
 )
 def test_results_and_gradients_match_the_truth(case, device, seed):
