@@ -73,14 +73,14 @@ def launcher(kernel, feature, shape, tma, q, k, v, dout, causal):
     config = (ForwardConfig if kernel == "forward" else BackwardConfig)(*shape, tma)
     if kernel == "forward":
         with launch.pinned(forward=config):
-            run = portable.bind_forward(problem, operands, out, lse)
+            run = portable.bind_forward(problem, operands, out)
         return lambda: run(q, k, v, out, lse, *optional, None, None)
     if kernel == "dq":
         with launch.pinned(dq=config):
-            run = portable.bind_dq(problem, operands, dout, out, lse, first)
+            run = portable.bind_dq(problem, operands, dout, out, first)
         return lambda: run(q, k, v, out, dout, first, None, None, lse, delta, lse_log2, *optional, None)
     with launch.pinned(dkdv=config if kernel == "dkdv" else (config, config)):
-        run = portable.bind_dkdv(problem, operands, dout, lse, first, second)[-1 if kernel == "dv" else 0]
+        run = portable.bind_dkdv(problem, operands, dout, first, second)[-1 if kernel == "dv" else 0]
     return lambda: run(q, k, v, out, dout, None, first, second, lse, delta, lse_log2, *optional, None)
 
 

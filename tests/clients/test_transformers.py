@@ -82,12 +82,46 @@ def batch(kind, seed, device="cpu", rows=3):
     return dict(input_ids=ids, attention_mask=mask.long().to(device))
 
 
+def other_text(inputs, shift):
+    """Other tokens at the same places."""
+    first, count = tiny.FIRST_TOKEN, tiny.VOCABULARY - tiny.FIRST_TOKEN
+    return {
+        name: (x - first + shift) % count + first if name.endswith("input_ids") else x for name, x in inputs.items()
+    }
+
+
 def compare(model, implementation, dtype, seed, inputs):
     """Logits and gradients of weights that the dtype holds exactly."""
     model = model.to(dtype)
+
+    def run(implementation, dtype, inputs):
+        sound = {name: x.to(dtype) for name, x in inputs.items() if name == "input_features"}
+        return tiny.run(model, implementation, dtype, seed, **inputs | sound)
+
+    def eager_and_truth(inputs):
+        return run("eager", dtype, inputs), run("exact", torch.float64, inputs)
+
+    others = (eager_and_truth(other_text(inputs, shift)) for shift in range(1, 4))
+    tiny.check(run(implementation, dtype, inputs), *eager_and_truth(inputs), dtype, others)
+
+
+KEYS = "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("part", ["logits", "one row of logits", "a gradient"])
+def test_what_is_wrong_is_noticed(part, seed):
+    """However many texts eager attention is measured on."""
+    model, inputs = build("llama, grouped heads", seed).bfloat16(), batch("plain", seed)
     truth = tiny.run(model, "exact", torch.float64, seed, **inputs)
-    matched = tiny.run(model, "eager", dtype, seed, **inputs)
-    tiny.check(tiny.run(model, implementation, dtype, seed, **inputs), matched, truth, dtype)
+    matched = tiny.run(model, "eager", torch.bfloat16, seed, **inputs)
+    logits, gradients = matched.logits.clone(), dict(matched.gradients)
+    if part == "a gradient":
+        gradients[KEYS] = -gradients[KEYS]
+    else:
+        logits[0 if "row" in part else slice(None)] *= 0.7
+    wrong = tiny.Pass(logits, gradients, matched.terms)
+    with pytest.raises(AssertionError, match="allowed"):
+        tiny.check(wrong, matched, truth, torch.bfloat16, [(matched, truth)] * 3)
 
 
 def test_the_gates_find_the_package(open_gate):
@@ -171,13 +205,8 @@ def whisper(seed):
 def test_whisper(implementation, place, seed):
     device, dtype = place
     sound = torch.randn(3, 8, 38, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    tokens = batch("plain", seed, device)["input_ids"]
-    model = whisper(seed).to(device, dtype)
-    passes = [
-        tiny.run(model, name, kind, seed, input_features=sound.to(kind), decoder_input_ids=tokens)
-        for name, kind in ((implementation, dtype), ("eager", dtype), ("exact", torch.float64))
-    ]
-    tiny.check(*passes, dtype)
+    inputs = dict(input_features=sound, decoder_input_ids=batch("plain", seed, device)["input_ids"])
+    compare(whisper(seed).to(device), implementation, dtype, seed, inputs)
 
 
 def generate(model, implementation, inputs, **words):

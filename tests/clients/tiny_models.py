@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -186,48 +187,73 @@ def run(model: torch.nn.Module, implementation: str, dtype: torch.dtype, loss_se
     return Pass(logits.detach().double(), gradients, terms)
 
 
-def check(actual: Pass, matched: Pass, truth: Pass, dtype: torch.dtype) -> None:
-    """No further from the truth than twice the worst that eager attention in the same dtype is, and the noise of fp32.
+class Errors(NamedTuple):
+    """Root mean squares relative to what they are errors of."""
 
-    Errors are root mean squares relative to what they are errors of, or to the typical parameter's gradient where that is
-    larger: some gradients are zero. That of the keys' bias is a sum over tokens whose terms cancel; its error is one of the
-    terms. A mean over a router's two numbers is no estimate, so the gradients of a few numbers share one.
+    logits: float
+    worst_row: float
+    gradients: dict[str, float]
+
+    def limits(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """Twice these, and the noise of fp32; of all gradients the worst counts."""
+        eps = torch.finfo(dtype).eps
+        assert max(self.logits, self.worst_row, *self.gradients.values()) < MOST_ROUNDOFFS * eps, "eager is wrong"
+        logits, worst_row = (2 * (error + eps) + NOISE for error in self[:2])
+        return logits, worst_row, 2 * (max(self.gradients.values()) + eps) + GRADIENT_NOISE
+
+
+def errors(result: Pass, truth: Pass) -> Errors:
+    """A gradient's error is relative to the typical parameter's gradient where that is larger: some gradients are zero.
+
+    That of the keys' bias is a sum over tokens whose terms cancel; its error is one of the terms. A mean over a router's two
+    numbers is no estimate, so the gradients of a few numbers share one.
     """
     typical = statistics.median(rms(x) for x in truth.gradients.values())
-    eps = torch.finfo(dtype).eps
-    few = [name for name, x in truth.gradients.items() if x.numel() < FEW_NUMBERS]
+    assert result.gradients.keys() == truth.gradients.keys()
 
-    def own_error(result: Pass, name: str) -> float:
+    def relative(name: str) -> float:
         gradient = truth.gradients[name]
         size = max(typical, rms(gradient), rms(truth.terms.get(name, gradient)))
         return rms(result.gradients[name] - gradient) / size
 
-    def error(result: Pass, name: str) -> float:
-        return own_error(result, name) if name not in few else rms(torch.tensor([own_error(result, x) for x in few]))
+    gradients = {name: relative(name) for name in truth.gradients}
+    few = [name for name, x in truth.gradients.items() if x.numel() < FEW_NUMBERS]
+    shared = rms(torch.tensor([gradients[name] for name in few]))
+    return Errors(*logit_errors(result.logits, truth.logits), gradients | dict.fromkeys(few, shared))
 
-    check_logits(actual.logits, matched.logits, truth.logits, dtype)
-    assert actual.gradients.keys() == truth.gradients.keys()
-    worst = max(error(matched, name) for name in truth.gradients)
-    assert worst < MOST_ROUNDOFFS * eps, "eager attention disagrees with the truth"
-    limit = 2 * (worst + eps) + GRADIENT_NOISE
-    wrong = {name: error(actual, name) for name in truth.gradients if not error(actual, name) <= limit}
-    assert not wrong, f"eager's worst gradient is off by {worst:.1e}, these by {wrong}"
+
+def logit_errors(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """Over all logits, and in the worst row."""
+    assert result.shape == truth.shape
+    typical, difference = rms(truth), result.double() - truth
+    return rms(difference) / typical, difference.square().mean(-1).max().sqrt().item() / typical
+
+
+def check(
+    actual: Pass, matched: Pass, truth: Pass, dtype: torch.dtype, others: Iterable[tuple[Pass, Pass]] = ()
+) -> None:
+    """No further from the truth than twice the worst that eager attention in the same dtype is.
+
+    In bf16 eager's own worst error changes twofold from text to text of one model, in the worst of ten models fivefold: that of
+    one text is a poor estimate. Where it does not suffice, (eager's, the truth's) of `others` count, too.
+    """
+    found, limits = errors(actual, truth), errors(matched, truth).limits(dtype)
+    for other in others:
+        if within(found, limits):
+            break
+        limits = tuple(map(max, limits, errors(*other).limits(dtype)))
+    assert within(found, limits), f"off by {found}, allowed {limits}"
+
+
+def within(found: Errors, limits: tuple[float, ...]) -> bool:
+    return all(error <= limit for error, limit in zip((*found[:2], max(found.gradients.values())), limits, strict=True))
 
 
 def check_logits(actual: torch.Tensor, matched: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
-    """`check` of one tensor, over all of it and in its worst row."""
-    eps = torch.finfo(dtype).eps
-    typical = rms(truth)
-
-    def errors(result: torch.Tensor) -> tuple[float, float]:
-        difference = result.double() - truth
-        return rms(difference) / typical, difference.square().mean(-1).max().sqrt().item() / typical
-
-    assert actual.shape == truth.shape
-    limits = errors(matched)
-    assert max(limits) < MOST_ROUNDOFFS * eps, "eager attention disagrees with the truth"
-    found = errors(actual)
-    assert all(x <= 2 * (limit + eps) + NOISE for x, limit in zip(found, limits, strict=True)), (found, limits)
+    """`check` of the logits alone."""
+    limits = Errors(*logit_errors(matched, truth), {"": 0.0}).limits(dtype)[:2]
+    found = logit_errors(actual, truth)
+    assert all(error <= limit for error, limit in zip(found, limits, strict=True)), (found, limits)
 
 
 def rms(x: torch.Tensor) -> float:

@@ -400,7 +400,7 @@ def test_causal_tiles_of_a_forward_are_drawn_in_even_turns(causal, length, monke
     q = torch.empty(2, length, 480, 128, dtype=BF16, device="meta")
     given, *_ = describe(q, q, q, 0.0, 1.0, causal, -1, -1, 0.0)
     operands = Operands(q, q, q, 1.0, length, length, given.window, memo={})
-    launcher = hopper.bind_forward(given, operands, q, torch.empty(2, 480, length, device="meta"))
+    launcher = hopper.bind_forward(given, operands, q)
     num_tiles, num_m, heads_together = launcher.build([0] * 14)[10:13]
     assert num_tiles == 960 * num_m
     assert heads_together == (max(1, 2 * PROGRAMS // num_m) if causal else 1)
