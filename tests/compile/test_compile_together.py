@@ -74,9 +74,8 @@ def test_what_does_not_compile_says_so_when_it_is_launched(launches):
     bound[0](torch.empty(4, device="meta"))
     with pytest.raises(triton.compiler.errors.CompileTimeAssertionFailure, match="too small"):
         bound[1](torch.empty(4, device="meta"))
-    compile_together(
-        "another kind", lambda: launch_all(launchers(store_kernel, 4))
-    )  # the failure has left nothing behind
+    # the failure has left nothing behind
+    compile_together("another kind", lambda: launch_all(launchers(store_kernel, 4)))
 
 
 def test_an_interruption_leaves_nothing_behind(launches):
